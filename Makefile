@@ -1,0 +1,35 @@
+# Needs Python 3.11, make and git; everything else is installed into .venv.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+
+.PHONY: demo test check bench format clean
+.DELETE_ON_ERROR:
+
+# torch first: a plain `torch` requirement would fetch gigabytes of CUDA packages.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy protocol staging checkpoint daemon client benchmarks examples
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What a checkpoint is: items, plans, layout, index, formats, commit and storage."""

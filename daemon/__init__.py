@@ -1,0 +1,1 @@
+"""The checkpoint daemon: service loop, supervisor, workers, metrics, HTTP and command line."""

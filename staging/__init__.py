@@ -1,0 +1,1 @@
+"""Arenas, slots, pinning and copying; the byte order of a staged image."""
