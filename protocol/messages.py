@@ -1,0 +1,342 @@
+"""Every message between client, daemon and workers; none of them carries payload bytes.
+
+Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSION` is raised when an old peer could
+misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
+
+Three conversations:
+    attach socket   Attach, OpenArena -> Attached, ArenaOpened, Refused      (Unix socket: credentials, descriptors)
+    message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
+    worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+
+from ckptd.protocol.errors import BadMessage, ErrorReport
+
+PROTOCOL_VERSION: Final = 1
+
+_T = TypeVar("_T")
+
+NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+# An attach frame holds a few names; anything longer is not one of ours.
+ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages: immutable, named on the wire, strict."""
+
+
+# --- attach socket -----------------------------------------------------------------------------------------------
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """Client to daemon: open a session for one rank of a job."""
+
+    protocol: int
+    job: Name
+    rank: Rank
+    world_size: Count
+    launch: str = ""  # names one start of the job, where the launcher tells; "" lets the daemon decide
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """Daemon to client: the session is open; ``token`` goes before every message."""
+
+    token: bytes
+    endpoint: str
+    incarnation: int
+    heartbeat_s: Seconds
+    silence_s: Seconds
+    pid: int
+    version: str
+
+
+class OpenArena(Message, frozen=True, tag="open_arena"):
+    """Client to daemon: make an arena; the one before it, if any, is given up."""
+
+    slots: Count
+    slot_bytes: NBytes
+
+
+class ArenaOpened(Message, frozen=True, tag="arena_opened"):
+    """Daemon to client: the arena's descriptor comes with this frame."""
+
+    arena: int
+    slots: Count
+    slot_bytes: NBytes
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """Daemon to client: the request failed."""
+
+    error: ErrorReport
+
+
+# --- message socket, client to daemon ----------------------------------------------------------------------------
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    """The client lives. Answer: Echo."""
+
+
+class Propose(Message, frozen=True, tag="propose"):
+    """A rank holds items that its cached layout does not describe. Answer: Assigned or Aborted.
+
+    With ``dry`` set nothing is saved: the plan is made ahead of the first save.
+    """
+
+    sequence: int
+    checkpoint_id: Name
+    digest: Name
+    plan: bytes
+    dry: bool = False
+
+
+class Sealed(Message, frozen=True, tag="sealed"):
+    """A rank's image is complete and will not change. Answers: SlotFreed, and Committed or Aborted.
+
+    The same bytes stand in the slot's control area, so that a seal outlives a trainer that dies before sending.
+    """
+
+    sequence: int
+    checkpoint_id: Name
+    digest: Name
+    arena: int
+    slot: int
+    control_bytes: NBytes
+    image_bytes: NBytes
+    object_bytes: bytes  # int64 column: true length of each assigned object, in layout order
+    plan_s: Seconds
+    stage_s: Seconds
+    stall_s: Seconds
+    overwrite: bool = True
+
+
+class GaveUp(Message, frozen=True, tag="gave_up"):
+    """A rank will not stage its part of this save."""
+
+    sequence: int
+    checkpoint_id: Name
+    error: ErrorReport
+
+
+class Detach(Message, frozen=True, tag="detach"):
+    """The client closes its session; what it sealed is finished."""
+
+
+# --- message socket, daemon to client ----------------------------------------------------------------------------
+
+
+class Echo(Message, frozen=True, tag="echo"):
+    """The daemon's loop lives."""
+
+
+class Assigned(Message, frozen=True, tag="assigned"):
+    """Which of its proposed items this rank stages and writes (int32 column of positions)."""
+
+    sequence: int
+    digest: Name
+    assigned: bytes
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """How much of a save is durable, over all ranks."""
+
+    sequence: int
+    bytes_done: NBytes
+    bytes_total: NBytes
+
+
+class SlotFreed(Message, frozen=True, tag="slot_freed"):
+    """The daemon needs this slot no longer."""
+
+    arena: int
+    slot: int
+
+
+class Committed(Message, frozen=True, tag="committed"):
+    """The checkpoint is complete, durable and visible under its id."""
+
+    sequence: int
+    save_id: str
+
+
+class Aborted(Message, frozen=True, tag="aborted"):
+    """The save failed on all ranks, for this cause. ``replan``: forget the cached layout."""
+
+    sequence: int
+    error: ErrorReport
+    replan: bool = False
+
+
+class Fenced(Message, frozen=True, tag="fenced"):
+    """The session is over, or a message could not be taken."""
+
+    error: ErrorReport
+
+
+# --- worker socket -----------------------------------------------------------------------------------------------
+
+
+class PlanTask(Message, frozen=True, tag="plan_task"):
+    """Make one plan of all ranks' proposals and keep it in ``path``.
+
+    ``fixed``: for each rank the positions it has already staged under an earlier plan, or None.
+    """
+
+    path: Name
+    plans: list[bytes]
+    fixed: list[bytes | None]
+
+
+class PlanDone(Message, frozen=True, tag="plan_done"):
+    """Positions of the items that each rank writes, and the size of each rank's image."""
+
+    assigned: list[bytes]
+    image_bytes: list[NBytes]
+
+
+class WriteTask(Message, frozen=True, tag="write_task"):
+    """Write one rank's image from its slot to ``directory/file`` and make it durable."""
+
+    plan_path: Name
+    rank: Rank
+    arena_path: Name
+    image_offset: NBytes
+    image_bytes: NBytes
+    object_bytes: bytes
+    directory: Name
+    file: Name
+    threads: Count
+    chunk_bytes: NBytes
+
+
+class WriteProgress(Message, frozen=True, tag="write_progress"):
+    """Bytes written so far by the task under way."""
+
+    bytes_done: NBytes
+
+
+class WriteDone(Message, frozen=True, tag="write_done"):
+    """The image is durable. ``hashes``: uint64 column, xxh3-64 of each item in layout order."""
+
+    bytes_written: NBytes
+    hashes: bytes
+    write_s: Seconds
+    fsync_s: Seconds
+    direct: bool
+
+
+class CommitTask(Message, frozen=True, tag="commit_task"):
+    """Write index and metadata into ``directory`` and publish it as ``checkpoint_id``."""
+
+    plan_path: Name
+    directory: Name
+    checkpoint_id: Name
+    save_id: Name
+    hashes: list[bytes]
+    object_bytes: list[bytes]
+    overwrite: bool
+    header: dict[str, str]
+
+
+class CommitDone(Message, frozen=True, tag="commit_done"):
+    """The checkpoint is published and durable."""
+
+    bytes_total: NBytes
+
+
+class DiscardTask(Message, frozen=True, tag="discard_task"):
+    """Remove the hidden directory of a save that failed."""
+
+    directory: Name
+
+
+class DiscardDone(Message, frozen=True, tag="discard_done"):
+    """The hidden directory is gone."""
+
+
+class TaskFailed(Message, frozen=True, tag="task_failed"):
+    """The task failed for a foreseen reason."""
+
+    error: ErrorReport
+
+
+AttachRequest = Attach | OpenArena
+AttachReply = Attached | ArenaOpened | Refused
+ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach
+DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced
+Task = PlanTask | WriteTask | CommitTask | DiscardTask
+TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | TaskFailed
+
+
+class _AttachVersion(msgspec.Struct):
+    """The part of :class:`Attach` that no version changes."""
+
+    protocol: int
+
+
+_encoder = msgspec.msgpack.Encoder()
+_attach_version = msgspec.msgpack.Decoder(_AttachVersion)
+_attach_request = msgspec.msgpack.Decoder(AttachRequest)
+_attach_reply = msgspec.msgpack.Decoder(AttachReply)
+_client_message = msgspec.msgpack.Decoder(ClientMessage)
+_daemon_message = msgspec.msgpack.Decoder(DaemonMessage)
+_task = msgspec.msgpack.Decoder(Task)
+_task_reply = msgspec.msgpack.Decoder(TaskReply)
+
+
+def encode(message: Message) -> bytes:
+    """Return the wire form of a message."""
+    return _encoder.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview) -> _T:
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadMessage(str(error)) from None
+
+
+def decode_attach_version(frame: bytes) -> int:
+    """Return the protocol version of an attach frame of any version. Raises BadMessage."""
+    return _decode(_attach_version, frame).protocol
+
+
+def decode_attach_request(frame: bytes) -> AttachRequest:
+    """Raises BadMessage."""
+    return _decode(_attach_request, frame)
+
+
+def decode_attach_reply(frame: bytes) -> AttachReply:
+    """Raises BadMessage."""
+    return _decode(_attach_reply, frame)
+
+
+def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
+    """Raises BadMessage."""
+    return _decode(_client_message, frame)
+
+
+def decode_daemon_message(frame: bytes | memoryview) -> DaemonMessage:
+    """Raises BadMessage."""
+    return _decode(_daemon_message, frame)
+
+
+def decode_task(frame: bytes) -> Task:
+    """Raises BadMessage."""
+    return _decode(_task, frame)
+
+
+def decode_task_reply(frame: bytes) -> TaskReply:
+    """Raises BadMessage."""
+    return _decode(_task_reply, frame)
