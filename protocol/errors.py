@@ -170,6 +170,18 @@ class Unsupported(RequestError):
 
 
 @dataclass(eq=False)
+class BadConfig(RequestError):
+    """A configuration file, a variable of the environment or an option that cannot be used as it is."""
+
+    code: ClassVar[str] = "bad_config"
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(eq=False)
 class UnknownCheckpoint(RequestError):
     """There is no checkpoint under this id."""
 

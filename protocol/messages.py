@@ -46,6 +46,7 @@ class Attach(Message, frozen=True, tag="attach"):
     rank: Rank
     world_size: Count
     launch: str = ""  # names one start of the job, where the launcher tells; "" lets the daemon decide
+    progress_timeout_s: Seconds = 0  # a save without news for so long fails; 0 is the daemon's own setting
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -58,6 +59,7 @@ class Attached(Message, frozen=True, tag="attached"):
     silence_s: Seconds
     pid: int
     version: str
+    daemon: str  # another one for each daemon: ranks compare it to see that they reached the same
 
 
 class OpenArena(Message, frozen=True, tag="open_arena"):

@@ -135,8 +135,7 @@ def touch(memory: mmap.mmap, *, threads: int) -> None:
     The first touch of shared memory runs at 0.2-0.6 GB/s on a virtual machine, the copies after it at 17-20 GB/s, so
     it is done before the first save.
     """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    size = len(memory)
+    address, size = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory)
     share = -(-size // threads // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def populate(begin: int) -> None:
@@ -166,6 +165,11 @@ class ArenaView:
         self.arena, self.slots, self.slot_bytes = arena, slots, slot_bytes
         self._descriptor = descriptor
         self.memory = mmap.mmap(descriptor, arena_bytes(slots, slot_bytes))
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte of the mapping."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def touch(self, *, threads: int = 2) -> None:
         """Bring all pages into this process; see :func:`touch`."""

@@ -1,0 +1,303 @@
+"""Reads byte ranges of a checkpoint's files into memory: merged, in parallel, past the page cache where that is faster.
+
+A range that is in the page cache is copied from there; the others are read with O_DIRECT. Ranges of whole items are
+verified against their hash as soon as their last byte has landed. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
+
+# One read call: large enough for an NVMe queue, small enough that four threads keep a node's memory.
+_CHUNK_BYTES: Final = 8 << 20
+_BLOCK_BYTES: Final = 4096
+# Reading a gap of 64 KiB costs less than a second request of its own.
+_MERGE_GAP_BYTES: Final = 64 * 1024
+# The address that the kernel takes for O_DIRECT is that of the device's DMA: 512 on every NVMe and virtio disk.
+_ADDRESS_ALIGNMENT_BYTES: Final = 512
+
+
+@dataclass(eq=False)
+class Read:
+    """One range of a file that is wanted.
+
+    Attributes:
+        file: Path of the file.
+        offset: First byte.
+        nbytes: Length in bytes.
+        address: Where the bytes go: a writable buffer of ``nbytes`` that the caller keeps alive.
+        item: Name of the item, for errors.
+        expected_hash: xxh3-64 of the range; None if it cannot be verified.
+        then: Called in a reader's thread when all bytes are there and verified.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    address: int
+    item: str
+    expected_hash: int | None = None
+    then: Callable[[], None] | None = None
+    _missing_bytes: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        """Nothing has landed yet."""
+        self._missing_bytes = self.nbytes
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a read that one request brings."""
+
+    read: Read
+    begin: int  # offset in the file
+    nbytes: int
+
+    @property
+    def address(self) -> int:
+        return self.read.address + (self.begin - self.read.offset)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One range of one file, and the pieces in it, by offset."""
+
+    file: str
+    begin: int
+    end: int
+    pieces: list[_Piece]
+
+
+def read_all(reads: Iterable[Read], *, threads: int = 4) -> int:
+    """Perform all reads.
+
+    Args:
+        reads: The wanted ranges, in any order.
+        threads: Number of readers.
+
+    Returns:
+        Bytes that were read from files, gaps between merged ranges included.
+
+    Raises:
+        MissingFile: A file is not there.
+        TruncatedFile: A file is too short.
+        WrongBits: A range does not match its hash; it was not handed on.
+        SystemCallFailed: A read failed.
+    """
+    wanted = list(reads)
+    for read in wanted:
+        if read.nbytes == 0:
+            _finish(read)
+    requests = _merge([read for read in wanted if read.nbytes])
+    with _Files(requests) as files:
+        reading = _Reading(files, requests)
+        with ThreadPoolExecutor(max(1, min(threads, len(requests))), thread_name_prefix="ckptd-read") as pool:
+            for done in [pool.submit(reading.run) for _ in range(threads)]:
+                done.result()
+    return sum(request.end - request.begin for request in requests)
+
+
+def _merge(reads: list[Read]) -> list[_Request]:
+    """Cut reads into pieces of at most a chunk, and put near neighbours into one request."""
+    requests: list[_Request] = []
+    begin = end = 0
+    pieces: list[_Piece] = []
+    file = ""
+
+    def flush() -> None:
+        if pieces:
+            requests.append(_Request(file, begin, end, list(pieces)))
+            pieces.clear()
+
+    for read in sorted(reads, key=lambda read: (read.file, read.offset)):
+        at, last = read.offset, read.offset + read.nbytes
+        while at < last:
+            joins = pieces and read.file == file and at - end <= _MERGE_GAP_BYTES and at - begin < _CHUNK_BYTES
+            if not joins:
+                flush()
+                file, begin, end = read.file, at, at
+            # Requests end on multiples of the chunk, so that all but the first begin on a block.
+            limit = (begin // _CHUNK_BYTES + 1) * _CHUNK_BYTES
+            if at >= limit:
+                flush()
+                begin = end = at
+                continue
+            stop = min(last, limit)
+            pieces.append(_Piece(read, at, stop - at))
+            end = max(end, stop)
+            at = stop
+    flush()
+    return requests
+
+
+class _Files:
+    """The files of a load, each opened twice: through the page cache, and past it where that is possible."""
+
+    def __init__(self, requests: list[_Request]) -> None:
+        self._descriptors: dict[str, tuple[int, int | None]] = {}
+        needed: dict[str, int] = {}
+        for request in requests:
+            needed[request.file] = max(needed.get(request.file, 0), request.end)
+        try:
+            for path, nbytes in needed.items():
+                self._descriptors[path] = self._open(path, nbytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: str, needed_bytes: int) -> tuple[int, int | None]:
+        try:
+            buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise MissingFile(path) from None
+        except OSError as error:
+            raise SystemCallFailed("open", path, error.errno or errno.EIO) from None
+        size = os.fstat(buffered).st_size
+        if size < needed_bytes:
+            os.close(buffered)
+            raise TruncatedFile(path, needed_bytes, size)
+        try:
+            return buffered, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError:
+            return buffered, None  # tmpfs, some overlays and network file systems have no O_DIRECT
+
+    def __getitem__(self, path: str) -> tuple[int, int | None]:
+        return self._descriptors[path]
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for descriptors in self._descriptors.values():
+            for descriptor in descriptors:
+                if descriptor is not None:
+                    os.close(descriptor)
+        self._descriptors.clear()
+
+
+class _Reading:
+    """One load on its way, shared by its threads."""
+
+    def __init__(self, files: _Files, requests: list[_Request]) -> None:
+        self._files = files
+        self._requests = iter(requests)
+        self._lock = threading.Lock()
+        self._failed = False
+
+    def run(self) -> None:
+        """Perform requests until there are no more, or another thread has failed."""
+        bounce = memoryview(mmap.mmap(-1, _CHUNK_BYTES + 2 * _BLOCK_BYTES))
+        while True:
+            with self._lock:
+                request = None if self._failed else next(self._requests, None)
+            if request is None:
+                return
+            try:
+                self._perform(request, bounce)
+            except BaseException:
+                self._failed = True
+                raise
+
+    def _perform(self, request: _Request, bounce: memoryview) -> None:
+        buffered, direct = self._files[request.file]
+        if not self._straight(request, buffered, direct):
+            skip = self._into(bounce, request, buffered, direct)
+            source = ctypes.addressof(ctypes.c_char.from_buffer(bounce)) + skip
+            for piece in request.pieces:
+                ctypes.memmove(piece.address, source + piece.begin - request.begin, piece.nbytes)
+        for piece in request.pieces:
+            with self._lock:
+                piece.read._missing_bytes -= piece.nbytes  # noqa: SLF001
+                complete = piece.read._missing_bytes == 0  # noqa: SLF001
+            if complete:
+                _finish(piece.read)
+
+    def _straight(self, request: _Request, buffered: int, direct: int | None) -> bool:
+        """Read without a bounce where one target takes the whole request; return whether that was done."""
+        if len(request.pieces) != 1:
+            return False
+        target = _memory(request.pieces[0].address, request.pieces[0].nbytes)
+        if _read_cached(buffered, target, request.begin):
+            return True
+        address, nbytes = request.pieces[0].address, request.end - request.begin
+        aligned = address % _ADDRESS_ALIGNMENT_BYTES == request.begin % _BLOCK_BYTES == nbytes % _BLOCK_BYTES == 0
+        if direct is None or (aligned and _read_direct(direct, target, request.begin)):
+            if direct is None:
+                _read_buffered(buffered, target, request)
+            return True
+        return False
+
+    def _into(self, bounce: memoryview, request: _Request, buffered: int, direct: int | None) -> int:
+        """Read a request into the bounce buffer; return where in it the request begins."""
+        exact = bounce[: request.end - request.begin]
+        if _read_cached(buffered, exact, request.begin):
+            return 0
+        begin = request.begin // _BLOCK_BYTES * _BLOCK_BYTES
+        end = -(-request.end // _BLOCK_BYTES) * _BLOCK_BYTES
+        if direct is not None and _read_direct(direct, bounce[: end - begin], begin, request.end - begin):
+            return request.begin - begin
+        _read_buffered(buffered, exact, request)
+        return 0
+
+
+def _read_cached(descriptor: int, target: memoryview, offset: int) -> bool:
+    """Copy a range from the page cache; return False if any of it would have to come from the disk."""
+    try:
+        return os.preadv(descriptor, [target], offset, os.RWF_NOWAIT) == target.nbytes
+    except OSError:
+        return False  # EAGAIN: not cached; EOPNOTSUPP: the file system cannot tell
+
+
+def _read_direct(descriptor: int, target: memoryview, offset: int, needed_bytes: int | None = None) -> bool:
+    """Read past the page cache; return False if the file system will not, or stops short."""
+    try:
+        return os.preadv(descriptor, [target], offset) >= (target.nbytes if needed_bytes is None else needed_bytes)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise SystemCallFailed("pread", _path(descriptor), error.errno or errno.EIO) from None
+
+
+def _read_buffered(descriptor: int, target: memoryview, request: _Request) -> None:
+    done = 0
+    while done < target.nbytes:
+        try:
+            count = os.preadv(descriptor, [target[done:]], request.begin + done)
+        except OSError as error:
+            raise SystemCallFailed("pread", request.file, error.errno or errno.EIO) from None
+        if count == 0:
+            raise TruncatedFile(request.file, request.end, request.begin + done)
+        done += count
+
+
+def _path(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def _finish(read: Read) -> None:
+    if read.expected_hash is not None:
+        found = xxh3_64_intdigest(_memory(read.address, read.nbytes) if read.nbytes else b"")
+        if found != read.expected_hash:
+            raise WrongBits(read.file, read.item, read.offset)
+    if read.then is not None:
+        read.then()

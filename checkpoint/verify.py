@@ -1,0 +1,196 @@
+"""Reads a whole checkpoint and compares it with its index. Imports no torch and changes nothing.
+
+Invariant: a fault is a result, not an end: whatever is wrong with one read, all others are still made.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import xxhash
+from ckptd.checkpoint.columns import Index, Int64
+from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.system import named
+from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, TruncatedFile, WrongBits
+
+# One read: large enough that its costs vanish beside its bytes. Smaller items are read together.
+READ_BYTES: Final = 8 << 20
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found.
+
+    Attributes:
+        path: The checkpoint's directory.
+        items: Number of tensor chunks and objects in the index.
+        bytes: Their size in bytes, as the index says.
+        hashes_checked: Whether payloads were read; a stock checkpoint has no hashes, only a structure.
+        faults: MissingFile, TruncatedFile, WrongBits or SystemCallFailed, by file and offset.
+    """
+
+    path: str
+    items: int
+    bytes: int
+    hashes_checked: bool
+    faults: tuple[CkptdError, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+def verify_checkpoint(
+    path: str, *, threads: int = 4, progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Check that the checkpoint in a directory is what was saved.
+
+    Args:
+        path: The directory.
+        threads: How many read and hash at a time; each holds a buffer of 8 MiB.
+        progress: Called in this thread with bytes done and bytes in all, now and then and at the end.
+
+    Returns:
+        The faults and what was looked at.
+
+    Raises:
+        UnknownCheckpoint: There is neither index nor metadata; check the checkpoint id.
+        BadIndex: The index itself is damaged, so that nothing can be compared with it.
+        Unsupported: A stock checkpoint whose files were transformed; load it with torch.
+        SystemCallFailed: The index cannot be read.
+    """
+    index = read_index(path)
+    payload_bytes = int((index.data_bytes if index.has_hashes else index.record_bytes).sum())
+    faults, readable = _check_files(index, path)
+    done_bytes = 0
+    if index.has_hashes:
+        verifier = _Verifier(index, path)
+        with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool:
+            for read_bytes, found in pool.map(verifier.check, _batches(index, readable)):
+                faults += found
+                done_bytes += read_bytes
+                if progress is not None:
+                    progress(done_bytes, payload_bytes)
+    if progress is not None and done_bytes < payload_bytes:
+        progress(payload_bytes, payload_bytes)
+    return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults))
+
+
+def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
+    """Return what is wrong with the files as such, and the items whose bytes are all there."""
+    faults: list[CkptdError] = []
+    record_ends = index.record_offset + index.record_bytes
+    wanted_bytes = np.zeros(len(index.files), np.int64)
+    np.maximum.at(wanted_bytes, index.item_file, record_ends)
+    found_bytes = np.zeros(len(index.files), np.int64)
+    for row, name in enumerate(index.files):
+        file = f"{path}/{name}"
+        size = _file_bytes(file)
+        if isinstance(size, CkptdError):
+            faults.append(size)
+            size = -1
+        elif size < wanted_bytes[row]:
+            faults.append(TruncatedFile(file, int(wanted_bytes[row]), size))
+        found_bytes[row] = size
+    return faults, np.flatnonzero(record_ends <= found_bytes[index.item_file])
+
+
+def _file_bytes(file: str) -> int | CkptdError:
+    try:
+        status = named("stat", file, lambda: Path(file).stat())
+    except SystemCallFailed as error:
+        return error if os.path.lexists(file) else MissingFile(file)
+    # Anything but a regular file is not what was saved, and opening a pipe could wait for ever.
+    return status.st_size if stat.S_ISREG(status.st_mode) else MissingFile(file)
+
+
+def _batches(index: Index, items: Int64) -> Iterator[Int64]:
+    """Yield the items by file and offset, as many together as one read covers."""
+    items = items[np.lexsort((index.data_offset[items], index.item_file[items]))]
+    files, begins = index.item_file[items], index.data_offset[items]
+    ends = begins + index.data_bytes[items]
+    first = 0
+    while first < len(items):
+        # Begins are sorted, ends need not be: take what begins within the read, then cut.
+        same_file = int(np.searchsorted(files, files[first], side="right"))
+        limit = begins[first] + READ_BYTES
+        last = first + int(np.searchsorted(begins[first:same_file], limit, side="left"))
+        beyond = np.flatnonzero(ends[first:last] > limit)
+        pass
+        yield items[first:last]
+        first = last
+
+
+class _Verifier:
+    """Reads and hashes batches of items; one per checkpoint, used by several threads."""
+
+    def __init__(self, index: Index, path: str) -> None:
+        self._index = index
+        self._path = path
+        self._local = threading.local()
+
+    def check(self, items: Int64) -> tuple[int, list[CkptdError]]:
+        """Return payload bytes and faults of items of one file, in order of offset."""
+        index = self._index
+        file = f"{self._path}/{index.files[int(index.item_file[items[0]])]}"
+        begins = index.data_offset[items]
+        lengths = index.data_bytes[items]
+        nbytes = int(lengths.sum())
+        try:
+            descriptor = named("open", file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                hashes = self._hashes(descriptor, file, begins.tolist(), lengths.tolist())
+            finally:
+                os.close(descriptor)
+        except CkptdError as error:
+            return nbytes, [error]
+        wrong = np.flatnonzero(np.fromiter(hashes, np.uint64, len(items)) != index.item_hash[items])
+        return nbytes, [
+            WrongBits(file, index.names[int(index.item_name[items[row]])], int(begins[row]))
+            for row in wrong.tolist()
+        ]
+
+    def _hashes(self, descriptor: int, file: str, begins: list[int], lengths: list[int]) -> Iterable[int]:
+        buffer = self._buffer()
+        if lengths[0] > len(buffer):
+            digest = xxhash.xxh3_64()
+            end = begins[0] + lengths[0]
+            for offset in range(begins[0], end, len(buffer)):
+                part = buffer[: min(len(buffer), end - offset)]
+                _read(descriptor, part, offset, file)
+                digest.update(part)
+            return [digest.intdigest()]
+        first = begins[0]
+        end = max(begin + length for begin, length in zip(begins, lengths, strict=True))
+        _read(descriptor, buffer[: end - first], first, file)
+        return [
+            xxhash.xxh3_64_intdigest(buffer[begin - first : begin - first + length])
+            for begin, length in zip(begins, lengths, strict=True)
+        ]
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(READ_BYTES))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+
+def _read(descriptor: int, target: memoryview, offset: int, file: str) -> None:
+    """Fill ``target`` from the file. Raises TruncatedFile at its end, or SystemCallFailed."""
+    done = 0
+    while done < len(target):
+        call = partial(os.preadv, descriptor, [target[done:]], offset + done)
+        got = named("preadv", file, call)
+        if got == 0:
+            raise TruncatedFile(file, offset + len(target), offset + done)
+        done += got

@@ -1,0 +1,105 @@
+"""Finds the daemon's attach socket, or starts a private daemon where none runs.
+
+The private daemon gets a session of its own, so that the launcher which kills the trainer's process group does not kill
+the saver with it. The trainer itself is never forked: a new interpreter is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Final
+
+from ckptd.protocol.errors import DaemonUnavailable
+from ckptd.protocol.paths import attach_socket, runtime_dir
+
+_SYSTEM_RUNTIME: Final = "/run/ckptd"
+_POLL_S: Final = 0.005
+_LOG_NAME: Final = "embedded.log"
+
+
+def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
+    """Return a connection to a daemon's attach socket, and the daemon's runtime directory.
+
+    Looked for in CKPTD_RUNTIME_DIR or this user's default, then as a system service; last, one is started, unless
+    CKPTD_EMBEDDED is 0.
+
+    Raises:
+        DaemonUnavailable: None runs, and none may be started or came up in time.
+    """
+    own = runtime_dir()
+    places = [own] if os.environ.get("CKPTD_RUNTIME_DIR") else list(dict.fromkeys([own, _SYSTEM_RUNTIME]))
+    for place in places:
+        connection = _try(place)
+        if connection is not None:
+            return connection, place
+    if os.environ.get("CKPTD_EMBEDDED", "1") == "0":
+        raise DaemonUnavailable(own, "CKPTD_EMBEDDED=0 forbids to start one; run `ckptd serve` or unset it")
+    return _start(own, timeout_s=timeout_s), own
+
+
+def _try(runtime: str) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(attach_socket(runtime))
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        raise DaemonUnavailable(runtime, f"{error.strerror}; check the owner of this directory") from None
+    return connection
+
+
+def _start(runtime: str, *, timeout_s: float) -> socket.socket:
+    try:
+        os.makedirs(runtime, mode=0o700, exist_ok=True)
+        log = open(os.path.join(runtime, _LOG_NAME), "ab")  # noqa: SIM115  # handed to the daemon
+    except OSError as error:
+        raise DaemonUnavailable(runtime, f"cannot write there ({error.strerror}); set CKPTD_RUNTIME_DIR") from None
+    with log:
+        begin = log.tell()
+        daemon = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ckptd.daemon", "--mode", "embedded", "--http", "127.0.0.1:0"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "CKPTD_RUNTIME_DIR": runtime},
+        )
+    deadline = time.monotonic() + timeout_s
+    ended_at: float | None = None
+    while time.monotonic() < deadline:
+        connection = _try(runtime)
+        if connection is not None:
+            _reap_later(daemon)
+            return connection
+        # Ours may have lost a race for the lock: then another rank's comes up in a moment.
+        if ended_at is None and daemon.poll() is not None:
+            ended_at = time.monotonic()
+        if ended_at is not None and daemon.returncode != 0 and time.monotonic() > ended_at + 2.0:
+            break
+        time.sleep(_POLL_S)
+    _reap_later(daemon)
+    raise DaemonUnavailable(runtime, f"the one started did not come up: {_last_line(runtime, begin)}")
+
+
+# Daemons that this process started: kept so that a dead one is reaped at the next start, and no warning is printed.
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def _reap_later(daemon: subprocess.Popen[bytes]) -> None:
+    _started[:] = [other for other in _started if other.poll() is None]
+    if daemon.poll() is None:
+        _started.append(daemon)
+
+
+def _last_line(runtime: str, begin: int) -> str:
+    with open(os.path.join(runtime, _LOG_NAME), "rb") as log:
+        log.seek(begin)
+        lines = log.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote nothing to its log"

@@ -1,0 +1,225 @@
+"""The client's line to the daemon: attach socket, message socket, and the one thread that owns them.
+
+Invariant: a waiting caller hears of the daemon's end within `silence_s`, and at once if the process died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import zmq
+
+from ckptd.client.embedded import open_attach_socket
+from ckptd.protocol import messages
+from ckptd.protocol.errors import BadMessage, CkptdError, DaemonLost, DaemonUnavailable, from_report
+from ckptd.protocol.messages import (
+    ATTACH_FRAME_LIMIT_BYTES,
+    ArenaOpened,
+    Attach,
+    Attached,
+    AttachReply,
+    AttachRequest,
+    ClientMessage,
+    DaemonMessage,
+    Detach,
+    Echo,
+    Heartbeat,
+    OpenArena,
+    Refused,
+)
+from ckptd.staging.arena import ArenaView
+
+logger = logging.getLogger(__name__)
+
+_FRAME_LENGTH: Final = struct.Struct("<I")
+_LINGER_MS: Final = 2000  # a closing session may still have its last seal on the way
+
+
+@dataclass(frozen=True)
+class LinkTimeouts:
+    """Seconds to wait for a daemon that is being started, and for an arena to be reserved."""
+
+    connect_s: float
+    arena_s: float
+
+
+class Link:
+    """An open session with the daemon.
+
+    Args:
+        request: Who we are.
+        timeouts: How long to wait.
+        on_message: Called in the link's thread for each message.
+        on_lost: Called once in the link's thread when the daemon is gone.
+
+    Raises:
+        DaemonUnavailable: There is no daemon.
+        CkptdError: It refused the session.
+    """
+
+    def __init__(
+        self,
+        request: Attach,
+        *,
+        timeouts: LinkTimeouts,
+        on_message: Callable[[DaemonMessage], None],
+        on_lost: Callable[[CkptdError], None],
+    ) -> None:
+        self._timeouts, self._on_message, self._on_lost = timeouts, on_message, on_lost
+        self._attach_socket, self.runtime = open_attach_socket(timeout_s=timeouts.connect_s)
+        self._asking = threading.Lock()
+        try:
+            reply, _ = self._ask(request, timeout_s=timeouts.connect_s)
+        except BaseException:
+            self._attach_socket.close()
+            raise
+        assert isinstance(reply, Attached)
+        self.attached = reply
+        self._outbox: deque[bytes] = deque()
+        self._wake_receive, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._closing = False
+        self._lost = False
+        self._thread = threading.Thread(target=self._run, name="ckptd-link", daemon=True)
+        self._thread.start()
+
+    # --- attach socket -------------------------------------------------------------------------------------------
+
+    def open_arena(self, *, slots: int, slot_bytes: int) -> ArenaView:
+        """Have an arena made and map it. Raises ShmTooSmall if it does not fit."""
+        with self._asking:
+            request = OpenArena(slots, slot_bytes)
+            reply, descriptors = self._ask(request, timeout_s=self._timeouts.arena_s)
+        if not isinstance(reply, ArenaOpened) or len(descriptors) != 1:
+            raise BadMessage("an arena without a descriptor")
+        return ArenaView(descriptors[0], arena=reply.arena, slots=reply.slots, slot_bytes=reply.slot_bytes)
+
+    def _ask(self, request: AttachRequest, *, timeout_s: float) -> tuple[AttachReply, list[int]]:
+        connection = self._attach_socket
+        connection.settimeout(timeout_s)
+        frame = messages.encode(request)
+        try:
+            connection.sendall(_FRAME_LENGTH.pack(len(frame)) + frame)
+            data, descriptors, _, _ = socket.recv_fds(connection, _FRAME_LENGTH.size, 1)
+            data += self._receive(_FRAME_LENGTH.size - len(data))
+            (length,) = _FRAME_LENGTH.unpack(data)
+            if length > ATTACH_FRAME_LIMIT_BYTES:
+                raise BadMessage(f"an attach frame of {length} bytes")
+            reply = messages.decode_attach_reply(self._receive(length))
+        except TimeoutError:
+            raise DaemonUnavailable(self.runtime, f"it did not answer within {timeout_s:.0f} s") from None
+        except (OSError, EOFError) as error:
+            raise DaemonUnavailable(self.runtime, f"it closed the connection ({error})") from None
+        if isinstance(reply, Refused):
+            raise from_report(reply.error)
+        return reply, descriptors
+
+    def _receive(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            part = self._attach_socket.recv(nbytes - len(data))
+            if not part:
+                raise EOFError("end of file")
+            data += part
+        return data
+
+    # --- message socket ------------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        """Whether messages still reach the daemon."""
+        return not self._lost and not self._closing
+
+    def send(self, message: ClientMessage) -> None:
+        """Queue a message; from any thread."""
+        self.send_encoded(messages.encode(message))
+
+    def send_encoded(self, body: bytes) -> None:
+        """Queue a message that is already encoded."""
+        self._outbox.append(body)
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the thread just as well
+            os.write(self._wake_send, b"!")
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.LINGER, _LINGER_MS)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.connect(self.attached.endpoint)
+        error: CkptdError | None = None
+        try:
+            error = self._serve(dealer)
+        except CkptdError as failure:
+            error = failure
+        finally:
+            self._lost = True
+            dealer.close()
+            context.term()
+        if error is not None and not self._closing:
+            self._on_lost(error)
+
+    def _serve(self, dealer: zmq.Socket[bytes]) -> CkptdError | None:
+        poller = zmq.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(self._wake_receive, zmq.POLLIN)
+        poller.register(self._attach_socket, zmq.POLLERR)  # end-of-file: the daemon is gone
+        heard_s = time.monotonic()
+        beat_at_s = heard_s  # the first beat goes at once: it tells the daemon our address
+        while not self._closing:
+            now = time.monotonic()
+            if now >= beat_at_s:
+                self._put(dealer, messages.encode(Heartbeat()))
+                beat_at_s = now + self.attached.heartbeat_s
+            if now - heard_s > self.attached.silence_s:
+                return DaemonLost(self.runtime)
+            ready = dict(poller.poll(max(0.0, beat_at_s - now) * 1000))
+            while dealer.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+                heard_s = time.monotonic()
+                self._take(dealer.recv())
+            if self._wake_receive in ready:
+                self._drain_wakes()
+            self._flush(dealer)
+            if self._attach_socket.fileno() in ready:
+                return DaemonLost(self.runtime)
+        self._flush(dealer)
+        self._put(dealer, messages.encode(Detach()))
+        return None
+
+    def _flush(self, dealer: zmq.Socket[bytes]) -> None:
+        while self._outbox:
+            self._put(dealer, self._outbox.popleft())
+
+    def _put(self, dealer: zmq.Socket[bytes], body: bytes) -> None:
+        dealer.send_multipart([self.attached.token, body])
+
+    def _drain_wakes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_receive, 4096):
+                pass
+
+    def _take(self, body: bytes) -> None:
+        message = messages.decode_daemon_message(body)
+        if not isinstance(message, Echo):
+            self._on_message(message)
+
+    def close(self) -> None:
+        """Say good-bye and end the thread; what was sealed is finished by the daemon."""
+        if self._closing:
+            return
+        self._closing = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_send, b"!")
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_LINGER_MS / 1000 + 1)
+        self._attach_socket.close()
+        os.close(self._wake_receive)
+        os.close(self._wake_send)

@@ -1,0 +1,442 @@
+"""A session: this process's open line to the daemon, its slots, and the saves that are under way.
+
+A save in steady state is a comparison, a copy and one message. Invariant: every save's future ends, whatever becomes of
+the daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import xxhash
+
+from ckptd.client.futures import SaveFuture, wait_quietly
+from ckptd.client.identity import Identity, check_local_world, check_same_daemon
+from ckptd.client.layout import RankLayout, make_rank_layout
+from ckptd.client.link import Link, LinkTimeouts
+from ckptd.client.slots import OnBusy, Slot, Slots
+from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
+from ckptd.protocol import messages
+from ckptd.protocol.errors import (
+    CkptdError,
+    SessionClosed,
+    SlotTooSmall,
+    UnexpectedError,
+    Unsupported,
+    from_report,
+)
+from ckptd.protocol.messages import (
+    PROTOCOL_VERSION,
+    Aborted,
+    Assigned,
+    Attach,
+    Committed,
+    DaemonMessage,
+    Fenced,
+    GaveUp,
+    Progress,
+    Propose,
+    Sealed,
+    SlotFreed,
+)
+from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS, SlotState
+from ckptd.staging.copy import Copier, Pair
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+logger = logging.getLogger(__name__)
+
+# New arenas get a little room, so that a few more parameters do not cost a new one.
+_HEADROOM_DIVISOR: Final = 64
+_ARENA_STEP_BYTES: Final = 2 << 20
+_DRY_ID: Final = "/plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a session behaves; see :func:`ckptd.client.connect`."""
+
+    on_busy: OnBusy = "wait"
+    staging: Literal["blocking", "background"] = "blocking"
+    slots: int = 2
+    slot_bytes: int | None = None
+    connect_timeout_s: float = 60.0
+    busy_timeout_s: float = 600.0
+    progress_timeout_s: float = 300.0
+    touch_threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before anything is opened."""
+        if self.on_busy not in {"wait", "skip", "fail"}:
+            raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
+        if self.staging not in {"blocking", "background"}:
+            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
+        if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
+            raise Unsupported(f"slot_bytes={self.slot_bytes}", f"give at least {ALIGNMENT_BYTES}")
+        for name in ("connect_timeout_s", "busy_timeout_s", "progress_timeout_s"):
+            if not 0 < getattr(self, name) <= 86_400:
+                raise Unsupported(f"{name}={getattr(self, name)}", "give seconds, more than 0 and at most a day")
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """One call of `save` or `async_save`, with its arguments understood."""
+
+    state_dict: Mapping[str, Any]
+    checkpoint_id: str
+    settings: str  # planner settings that change the plan
+    flat: bool
+    overwrite: bool
+    read_metadata: Callable[[str, str], Metadata]  # checkpoint id and save id -> Metadata
+    background: bool
+
+
+@dataclass(eq=False)
+class _Save:
+    """A save under way."""
+
+    sequence: int
+    request: SaveRequest
+    begun_s: float
+    future: SaveFuture
+    snapshot: Snapshot | None = None
+    save_id: str = ""
+    plan_s: float = 0.0
+    assigned: Future[Assigned] = field(default_factory=Future)
+
+
+class Session:
+    """An open session.
+
+    Args:
+        identity: Who we are in the job.
+        options: How to behave.
+
+    Raises:
+        DaemonUnavailable: There is no daemon, and none could be started.
+        MultiNode: The job's ranks are on several nodes.
+        CkptdError: The daemon refused.
+    """
+
+    def __init__(self, identity: Identity, options: SessionOptions) -> None:
+        check_local_world(identity)
+        self.identity, self.options = identity, options
+        self._lock = threading.Lock()
+        self._staging_one_at_a_time = threading.Lock()
+        self._sequence = 0
+        self._saves: dict[int, _Save] = {}
+        self._slots = Slots()
+        self._layout: RankLayout | None = None
+        self._capacities: dict[str, int] = {}
+        self._last_staging: Future[None] | None = None
+        self._error: CkptdError | None = None
+        self._copier = Copier()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="ckptd-stage")
+        request = Attach(
+            PROTOCOL_VERSION,
+            identity.job,
+            identity.rank,
+            identity.world_size,
+            identity.launch,
+            options.progress_timeout_s,
+        )
+        timeouts = LinkTimeouts(options.connect_timeout_s, options.busy_timeout_s)
+        self._link = Link(request, timeouts=timeouts, on_message=self._on_message, on_lost=self._on_lost)
+        try:
+            check_same_daemon(identity, self._link.attached.daemon, timeout_s=options.connect_timeout_s)
+            if options.slot_bytes is not None:
+                self._open_arena(options.slot_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- what callers use ----------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        """Whether saves can be made; a session whose daemon went away is not."""
+        return self._error is None and self._link.live
+
+    @property
+    def incarnation(self) -> int:
+        """Which incarnation of the job this session belongs to."""
+        return self._link.attached.incarnation
+
+    @property
+    def daemon_pid(self) -> int:
+        """Process id of the daemon."""
+        return self._link.attached.pid
+
+    @property
+    def runtime_dir(self) -> str:
+        """Directory of the daemon's sockets."""
+        return self._link.runtime
+
+    def identity_for_reopening(self, found: Identity) -> Identity:
+        """Return who we are after the daemon went away: what arguments said stays, a group is asked anew."""
+        if isinstance(self._error, SessionClosed):
+            raise self._error  # another incarnation of the job has taken over: this process must not come back
+        told = found.store is None
+        return Identity(self.identity.job, self.identity.rank, self.identity.world_size) if told else found
+
+    def prepare(self, state_dict: Mapping[str, Any], *, settings: str = "", flat: bool = False) -> None:
+        """Plan, and make and touch the arena, ahead of the first save. All ranks must call it.
+
+        Raises:
+            ShmTooSmall: The arena does not fit into shared memory.
+            CkptdError: The plan cannot be made.
+        """
+        request = SaveRequest(state_dict, _DRY_ID, settings, flat, True, _no_metadata, False)
+        save = self._begin(request)
+        try:
+            save.snapshot = self._look(request)
+            layout = self._layout_for(save, dry=True)
+            self._make_room(layout)
+            for slot in self._take_free_slots():
+                slot.dress(layout)
+                self._slots.release(slot)
+        finally:
+            self._saves.pop(save.sequence, None)
+
+    def save(self, request: SaveRequest) -> SaveFuture:
+        """Begin a save; what fails from here on fails the future, on all ranks alike."""
+        save = self._begin(request)
+        self._last_staging = save.future.staging_completion
+        try:
+            save.snapshot = self._look(request)
+            self._copier.mark(save.snapshot.devices())
+        except CkptdError as error:
+            self._give_up(save, error)
+            return save.future
+        if request.background:
+            save.future.stall_s = time.monotonic() - save.begun_s
+            self._background.submit(self._stage, save)
+        else:
+            self._stage(save)
+            save.future.stall_s = time.monotonic() - save.begun_s
+        return save.future
+
+    def wait_for_staging(self) -> None:
+        """Wait until the tensors of the last save may change; a failed staging lets the trainer go on, too."""
+        staging = self._last_staging
+        if staging is not None:
+            bound_s = self.options.busy_timeout_s + self.options.progress_timeout_s
+            wait_quietly(staging, timeout_s=bound_s)
+            self._last_staging = None
+
+    def close(self) -> None:
+        """End the session. What is sealed is finished by the daemon; futures that are not done by then fail."""
+        self._background.shutdown(wait=True)
+        self._link.close()
+        self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
+        self._copier.close()
+        self._slots.drop()
+
+    # --- the steps of a save -------------------------------------------------------------------------------------
+
+    def _begin(self, request: SaveRequest) -> _Save:
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._sequence += 1
+            save = _Save(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
+            save.future = SaveFuture(
+                request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, save.save_id)
+            )
+            self._saves[save.sequence] = save
+            return save
+
+    def _look(self, request: SaveRequest) -> Snapshot:
+        snapshot = take_snapshot(request.state_dict, capacities=self._capacities, flat=request.flat)
+        self._capacities = snapshot.capacities
+        return snapshot
+
+    def _stage(self, save: _Save) -> None:
+        """Copy into a slot and seal it. Whatever goes wrong becomes the save's failure, on all ranks."""
+        try:
+            with self._staging_one_at_a_time:
+                self._stage_now(save)
+        except CkptdError as error:
+            self._give_up(save, error)
+        except Exception as error:  # noqa: BLE001  # torch's own errors: the other ranks must hear of them
+            self._give_up(save, UnexpectedError(f"staging failed: {error!r}"))
+        except BaseException:
+            self._give_up(save, UnexpectedError("staging was interrupted"))
+            raise
+
+    def _stage_now(self, save: _Save) -> None:
+        snapshot = save.snapshot
+        assert snapshot is not None
+        layout = self._layout_for(save)
+        self._make_room(layout)
+        save.plan_s = time.monotonic() - save.begun_s
+        slot = self._slots.acquire(
+            on_busy=self.options.on_busy,
+            timeout_s=self.options.busy_timeout_s,
+            checkpoint_id=save.request.checkpoint_id,
+            rank=self.identity.rank,
+        )
+        try:
+            begun = time.monotonic()
+            slot.set_state(SlotState.STAGING, sequence=save.sequence)
+            object_bytes = self._copy(slot, layout, snapshot)
+            stage_s = time.monotonic() - begun
+        except BaseException:
+            self._slots.release(slot)
+            raise
+        if save.future.done():  # another rank has failed the save meanwhile
+            self._slots.release(slot)
+            save.future.note_staged(0)
+            return
+        self._seal(save, slot, layout, object_bytes, stage_s)
+
+    def _copy(self, slot: Slot, layout: RankLayout, snapshot: Snapshot) -> bytes:
+        """Stage every item and return the column of the objects' lengths."""
+        dressed = slot.dress(layout)
+        pairs: list[Pair] = []
+        lengths: list[int] = []
+        for position, (item, target) in enumerate(zip(layout.items, dressed.targets, strict=True)):
+            source = snapshot.sources[item]
+            if isinstance(source, bytes):
+                dressed.put_object(position, source)
+                lengths.append(len(source))
+            elif target is not None:
+                pairs.append((target, source))
+        self._copier.copy(pairs)
+        return b"".join(length.to_bytes(8, "little") for length in lengths)
+
+    def _seal(self, save: _Save, slot: Slot, layout: RankLayout, object_bytes: bytes, stage_s: float) -> None:
+        now = time.monotonic()
+        seal = messages.encode(
+            Sealed(
+                sequence=save.sequence,
+                checkpoint_id=save.request.checkpoint_id,
+                digest=layout.digest,
+                arena=slot.arena.arena,
+                slot=slot.number,
+                control_bytes=layout.control_bytes,
+                image_bytes=layout.image_bytes,
+                object_bytes=object_bytes,
+                plan_s=save.plan_s,
+                stage_s=stage_s,
+                stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
+                overwrite=save.request.overwrite,
+            )
+        )
+        slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
+        save.snapshot = None  # what is staged needs no reference to the state dict
+        self._link.send_encoded(seal)
+        save.future.note_staged(layout.image_bytes)
+
+    def _give_up(self, save: _Save, error: CkptdError) -> None:
+        save.snapshot = None
+        if not save.future.staging_completion.done():
+            save.future.staging_completion.set_exception(error)
+        if self.live and not save.future.done():
+            # The daemon tells all ranks alike, this one included.
+            self._link.send(GaveUp(save.sequence, save.request.checkpoint_id, error.report()))
+        else:
+            save.future.note_failed(error)
+
+    # --- layouts and room ----------------------------------------------------------------------------------------
+
+    def _layout_for(self, save: _Save, *, dry: bool = False) -> RankLayout:
+        """Return the cached layout if the structure is unchanged, else have the daemon plan."""
+        snapshot, layout = save.snapshot, self._layout
+        assert snapshot is not None
+        structure = (save.request.settings, snapshot.structure)
+        if layout is not None and layout.structure == structure and not dry:
+            return layout
+        plan = make_local_plan(snapshot, settings=save.request.settings)
+        if plan.items != len(snapshot.sources):
+            raise UnexpectedError(f"{len(snapshot.sources)} sources for {plan.items} items")
+        encoded = plan.encode()
+        digest = xxhash.xxh3_128_hexdigest(encoded)
+        self._link.send(Propose(save.sequence, save.request.checkpoint_id, digest, encoded, dry))
+        # The daemon's own deadline ends this wait; the factor is for a daemon that is itself late.
+        try:
+            assigned = save.assigned.result(timeout=2 * self.options.progress_timeout_s)
+        except TimeoutError:
+            raise UnexpectedError("the daemon neither planned nor refused in time") from None
+        self._layout = layout = make_rank_layout(structure, digest, plan, assigned.assigned)
+        return layout
+
+    def _make_room(self, layout: RankLayout) -> None:
+        if layout.slot_bytes <= self._slots.slot_bytes:
+            return
+        if self.options.slot_bytes is not None:
+            raise SlotTooSmall(layout.slot_bytes, self._slots.slot_bytes)
+        self._open_arena(layout.slot_bytes + layout.slot_bytes // _HEADROOM_DIVISOR)
+
+    def _open_arena(self, slot_bytes: int) -> None:
+        step = _ARENA_STEP_BYTES if slot_bytes > _ARENA_STEP_BYTES else ALIGNMENT_BYTES
+        self._slots.wait_all_free(timeout_s=self.options.busy_timeout_s)
+        self._slots.drop()
+        arena = self._link.open_arena(slots=self.options.slots, slot_bytes=-(-slot_bytes // step) * step)
+        self._slots.adopt(arena, touch_threads=self.options.touch_threads)
+
+    def _take_free_slots(self) -> list[Slot]:
+        return [
+            self._slots.acquire(on_busy="fail", timeout_s=0, checkpoint_id=_DRY_ID, rank=self.identity.rank)
+            for _ in range(self.options.slots)
+        ]
+
+    # --- news from the daemon, in the link's thread --------------------------------------------------------------
+
+    def _on_message(self, message: DaemonMessage) -> None:
+        match message:
+            case SlotFreed():
+                self._slots.freed(message.arena, message.slot)
+            case Fenced():
+                self._on_lost(from_report(message.error))
+            case Assigned() | Progress() | Committed() | Aborted():
+                save = self._saves.get(message.sequence)
+                if save is not None:
+                    self._on_news(save, message)
+
+    def _on_news(self, save: _Save, news: Assigned | Progress | Committed | Aborted) -> None:
+        match news:
+            case Assigned():
+                if not save.assigned.done():
+                    save.assigned.set_result(news)
+            case Progress():
+                save.future.note_progress(news.bytes_done, news.bytes_total)
+            case Committed():
+                save.save_id = news.save_id
+                self._saves.pop(save.sequence, None)
+                save.future.note_committed()
+            case Aborted():
+                if news.replan:
+                    self._layout = None
+                self._end(save, from_report(news.error))
+
+    def _end(self, save: _Save, error: CkptdError) -> None:
+        self._saves.pop(save.sequence, None)
+        save.future.note_failed(error)
+        if not save.assigned.done():
+            save.assigned.set_exception(error)
+
+    def _on_lost(self, error: CkptdError) -> None:
+        logger.warning("session of job %s lost: %s", self.identity.job, error)
+        self._fail_all(error)
+
+    def _fail_all(self, error: CkptdError) -> None:
+        with self._lock:
+            self._error = self._error or error
+            saves = list(self._saves.values())
+        self._slots.fail(error)
+        for save in saves:
+            self._end(save, error)
+
+
+def _no_metadata(_checkpoint_id: str, _save_id: str) -> Metadata:
+    raise UnexpectedError("a plan made ahead has no metadata")

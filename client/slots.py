@@ -1,0 +1,131 @@
+"""The client's side of its arena: which slots are free, and what they are dressed for.
+
+Invariant: a slot is given out only after the daemon has said that it needs it no longer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckptd.client.layout import RankLayout
+from ckptd.protocol.errors import CkptdError, SaveSkipped, SlotsBusy
+from ckptd.staging.arena import ArenaView, SlotState
+from ckptd.staging.pin import PinnedRanges, pin
+from ckptd.staging.views import DressedSlot
+
+OnBusy = Literal["wait", "skip", "fail"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """One slot, and the layout that it is dressed for."""
+
+    arena: ArenaView
+    number: int
+    free: bool = True
+    layout: RankLayout | None = None
+    _dressed: DressedSlot | None = field(default=None, repr=False)
+
+    def dress(self, layout: RankLayout) -> DressedSlot:
+        """Return the slot with the layout's records in place."""
+        if self._dressed is None or self.layout is not layout:
+            begin = self.arena.offset(self.number) + layout.control_bytes
+            self._dressed = DressedSlot(self.arena.memory, begin, layout.image_bytes, layout.placed)
+            self.layout = layout
+        return self._dressed
+
+    def set_state(self, state: SlotState, *, sequence: int = 0, seal: bytes = b"") -> None:
+        """Write the state where the daemon sees it."""
+        self.arena.set_state(self.number, state, sequence=sequence, seal=seal)
+
+
+class Slots:
+    """The slots of the current arena."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._slots: list[Slot] = []
+        self._arena: ArenaView | None = None
+        self._pinned: PinnedRanges | None = None
+        self._error: CkptdError | None = None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Size of a slot in bytes; 0 before there is an arena."""
+        return 0 if self._arena is None else self._arena.slot_bytes
+
+    def adopt(self, arena: ArenaView, *, touch_threads: int) -> None:
+        """Take a new arena into use: touch its pages, pin them where there is CUDA."""
+        self.drop()
+        arena.touch(threads=touch_threads)
+        self._pinned = pin(arena.address, len(arena.memory))
+        with self._changed:
+            self._arena = arena
+            self._slots = [Slot(arena, number) for number in range(arena.slots)]
+
+    def drop(self) -> None:
+        """Forget the arena; the daemon keeps what it still writes."""
+        with self._changed:
+            arena, self._arena, self._slots = self._arena, None, []
+        if self._pinned is not None:
+            self._pinned.release()
+            self._pinned = None
+        if arena is not None:
+            arena.close()
+
+    def acquire(self, *, on_busy: OnBusy, timeout_s: float, checkpoint_id: str, rank: int) -> Slot:
+        """Return a free slot, which is the caller's until :meth:`freed`.
+
+        Raises:
+            SlotsBusy: None became free in time, or at once with ``on_busy="fail"``.
+            SaveSkipped: None is free and ``on_busy`` is "skip".
+            CkptdError: The session ended while waiting.
+        """
+        begun = time.monotonic()
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                slot = next((slot for slot in self._slots if slot.free), None)
+                if slot is not None:
+                    slot.free = False
+                    return slot
+                waited_s = time.monotonic() - begun
+                if on_busy == "skip":
+                    raise SaveSkipped(checkpoint_id, rank)
+                if on_busy == "fail" or waited_s >= timeout_s:
+                    raise SlotsBusy(len(self._slots), waited_s)
+                self._changed.wait(timeout_s - waited_s)
+
+    def wait_all_free(self, *, timeout_s: float) -> None:
+        """Wait until nothing is being written from the arena. Raises SlotsBusy."""
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: self._error is not None or all(slot.free for slot in self._slots), timeout_s
+            )
+            if self._error is not None:
+                raise self._error
+            if not done:
+                raise SlotsBusy(len(self._slots), timeout_s)
+
+    def freed(self, arena: int, number: int) -> None:
+        """The daemon needs a slot no longer; one of an arena that was dropped is ignored."""
+        with self._changed:
+            for slot in self._slots:
+                if (slot.arena.arena, slot.number) == (arena, number):
+                    slot.free = True
+                    self._changed.notify_all()
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back that was never sealed."""
+        slot.set_state(SlotState.FREE)
+        self.freed(slot.arena.arena, slot.number)
+
+    def fail(self, error: CkptdError) -> None:
+        """The session is over: nobody waits any more."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()

@@ -1,0 +1,53 @@
+"""``python -m ckptd.daemon``: the same as ``ckptd serve``, without the command line's libraries in memory."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+
+import uvloop
+
+from ckptd.daemon.config import Config, load_config
+from ckptd.daemon.service import Daemon, Mode, Place
+from ckptd.protocol.errors import CkptdError
+from ckptd.protocol.paths import runtime_dir
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ckptd serve", description="Run the checkpoint daemon of this node.")
+    parser.add_argument("--http", metavar="HOST:PORT", help="address of the HTTP endpoint; port 0 takes any")
+    parser.add_argument("--mode", choices=["auto", "embedded", "user", "system"], default="auto")
+    return parser.parse_args()
+
+
+def _mode(wanted: str) -> Mode:
+    if wanted == "auto":
+        return "system" if os.geteuid() == 0 else "user"
+    return wanted  # type: ignore[return-value]  # argparse has checked it
+
+
+async def _serve(config: Config, place: Place) -> None:
+    await Daemon(config, place).run()
+
+
+def main() -> int:
+    """Serve until told to stop; return the exit status."""
+    arguments = _arguments()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        config = load_config()
+        place = Place(runtime_dir(), arguments.http or config.http, _mode(arguments.mode))
+        uvloop.run(_serve(config, place))
+    except CkptdError as error:
+        print(f"ckptd: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

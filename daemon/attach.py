@@ -1,0 +1,182 @@
+"""The attach socket: the kernel says who the peer is, and descriptors of arenas go over it.
+
+The connection lives as long as the session; its end, or the end of the process behind it, ends the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from ckptd.daemon.frames import FRAME_LENGTH
+from ckptd.daemon.sessions import ArenaFile, Peer, Session
+from ckptd.protocol import messages
+from ckptd.protocol.errors import BadMessage, CkptdError, ProtocolMismatch, UnexpectedError
+from ckptd.protocol.messages import (
+    ATTACH_FRAME_LIMIT_BYTES,
+    PROTOCOL_VERSION,
+    ArenaOpened,
+    Attach,
+    Attached,
+    AttachReply,
+    OpenArena,
+    Refused,
+)
+
+logger = logging.getLogger(__name__)
+
+_PEER_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid. Source: unix(7), SO_PEERCRED
+
+
+class Host(Protocol):
+    """What the daemon does for an attached peer."""
+
+    def admit(self, peer: Peer) -> None:
+        """Raise Forbidden if the peer may not use this daemon."""
+
+    def attach(self, peer: Peer, request: Attach) -> tuple[Session, Attached]:
+        """Open a session. Raises CkptdError."""
+
+    async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
+        """Make an arena for the session. Raises CkptdError."""
+
+    def lose(self, session: Session, reason: str) -> None:
+        """The peer is gone."""
+
+    def reject(self, error: CkptdError) -> None:
+        """A peer was turned away, for the metrics."""
+
+
+async def serve_attach(listener: socket.socket, host: Host) -> None:
+    """Accept peers until cancelled; each is served by a task of its own."""
+    loop = asyncio.get_running_loop()
+    peers: set[asyncio.Task[None]] = set()
+    try:
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            connection.setblocking(False)
+            task = asyncio.create_task(_AttachedPeer(connection, host).run())
+            peers.add(task)
+            task.add_done_callback(peers.discard)
+    finally:
+        for task in peers:
+            task.cancel()
+        await asyncio.gather(*peers, return_exceptions=True)
+
+
+class _AttachedPeer:
+    """One connection, from the first frame to its end."""
+
+    def __init__(self, connection: socket.socket, host: Host) -> None:
+        self._connection, self._host = connection, host
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        self._peer = Peer(*_PEER_CREDENTIALS.unpack(raw))
+        self._session: Session | None = None
+
+    async def run(self) -> None:
+        """Serve the peer until it goes."""
+        watch: Callable[[], None] = lambda: None  # noqa: E731
+        reason = "ended"
+        try:
+            watch = self._watch_process(asyncio.current_task())
+            while (frame := await self._receive()) is not None:
+                await self._answer(frame)
+        except asyncio.CancelledError:
+            # Either the process behind the connection ended, or the daemon is stopping; both end the session.
+            pass
+        except CkptdError as error:
+            self._refuse(error)
+            reason = "broke the protocol"
+        except OSError as error:
+            reason = f"lost its connection ({error.strerror})"
+        finally:
+            watch()
+            self._connection.close()
+            if self._session is not None:
+                self._host.lose(self._session, reason)
+
+    def _watch_process(self, task: asyncio.Task[None] | None) -> Callable[[], None]:
+        """End the session with the process, even if a child of it still holds the connection open."""
+        try:
+            descriptor = os.pidfd_open(self._peer.pid)
+        except OSError:
+            return lambda: None  # gone already, or in a pid namespace that is not ours: the connection must do
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(descriptor)
+            if task is not None:
+                task.cancel()
+
+        loop.add_reader(descriptor, ended)
+
+        def stop() -> None:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+        return stop
+
+    async def _receive(self) -> bytes | None:
+        head = await self._read(FRAME_LENGTH.size)
+        if head is None:
+            return None
+        (length,) = FRAME_LENGTH.unpack(head)
+        if length > ATTACH_FRAME_LIMIT_BYTES:
+            raise BadMessage(f"an attach frame of {length} bytes")
+        return await self._read(length)
+
+    async def _read(self, nbytes: int) -> bytes | None:
+        loop = asyncio.get_running_loop()
+        data = b""
+        while len(data) < nbytes:
+            part = await loop.sock_recv(self._connection, nbytes - len(data))
+            if not part:
+                return None
+            data += part
+        return data
+
+    async def _answer(self, frame: bytes) -> None:
+        try:
+            await self._perform(frame)
+        except CkptdError as error:
+            self._refuse(error)
+        except Exception as bug:
+            logger.exception("bug while answering pid %d", self._peer.pid)
+            self._refuse(UnexpectedError(f"internal error: {bug!r}; see the daemon's log"))
+
+    def _refuse(self, error: CkptdError) -> None:
+        self._host.reject(error)
+        self._send(Refused(error.report()))
+
+    async def _perform(self, frame: bytes) -> None:
+        self._host.admit(self._peer)
+        if self._session is None:
+            version = messages.decode_attach_version(frame)
+            if version != PROTOCOL_VERSION:
+                raise ProtocolMismatch(version, PROTOCOL_VERSION)
+        request = messages.decode_attach_request(frame)
+        match request:
+            case Attach() if self._session is None:
+                self._session, reply = self._host.attach(self._peer, request)
+                self._send(reply)
+            case OpenArena() if self._session is not None:
+                arena = await self._host.open_arena(self._session, request)
+                opened = ArenaOpened(arena.number, arena.slots, arena.slot_bytes)
+                self._send(opened, [arena.descriptor])
+            case _:
+                raise BadMessage("an attach message out of turn")
+
+    def _send(self, reply: AttachReply, descriptors: list[int] | None = None) -> None:
+        """Send a frame of a few hundred bytes, which a fresh socket buffer always takes."""
+        frame = messages.encode(reply)
+        try:
+            socket.send_fds(self._connection, [FRAME_LENGTH.pack(len(frame)) + frame], descriptors or [])
+        except OSError as error:
+            logger.info("pid %d went away: %s", self._peer.pid, error)
+
+

@@ -1,0 +1,130 @@
+"""The daemon's configuration: one TOML file, read once at the start.
+
+Invariant: a :class:`Config` made by :func:`load_config` is within its bounds; nobody checks them again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from ckptd.protocol.errors import BadConfig
+
+# O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every NVMe
+# format in use. Source: open(2), NOTES, "O_DIRECT".
+_BLOCK_BYTES: Final = 4096
+_MIB: Final = 1024**2
+_DAY_S: Final = 86_400
+
+Threads = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Chunk = Annotated[int, msgspec.Meta(ge=_BLOCK_BYTES, le=1024 * _MIB, multiple_of=_BLOCK_BYTES)]
+Nice = Annotated[int, msgspec.Meta(ge=0, le=19)]
+# The upper bound also keeps out TOML's inf and nan: no wait is without end.
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
+Directory = Annotated[str, msgspec.Meta(pattern="^/")]
+Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
+
+_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
+
+_NO_ADDRESS: Final = "not HOST:PORT; write it as 127.0.0.1:9437 or [::1]:0"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What can be set in the file that CKPTD_CONFIG names; every key may be left out."""
+
+    http: str = "127.0.0.1:9437"
+    """HOST:PORT of the HTTP endpoint; port 0 takes any free one."""
+
+    workers_per_job: Threads = 2
+    """Worker processes of each job, 1 to 64."""
+
+    write_threads: Threads = 4
+    """Threads in a worker that write one image, 1 to 64."""
+
+    write_chunk_bytes: Chunk = 8 * _MIB
+    """Bytes of one write call; a multiple of 4096, at most 1 GiB."""
+
+    worker_nice: Nice = 10
+    """Niceness of the workers, 0 (as the daemon) to 19 (only when nobody else wants the CPU); see nice(2)."""
+
+    heartbeat_s: Seconds = 2.0
+    """Seconds between two signs of life on a session."""
+
+    session_timeout_s: Seconds = 60.0
+    """Seconds of silence after which a session is lost; more than ``heartbeat_s``."""
+
+    progress_timeout_s: Seconds = 300.0
+    """Seconds after which a generation fails that has made no progress."""
+
+    idle_exit_s: Seconds = 300.0
+    """Seconds without a session after which an embedded daemon ends; the other modes never end so."""
+
+    stop_timeout_s: Seconds = 60.0
+    """Seconds for which a daemon that got SIGTERM goes on writing what is sealed."""
+
+    shm_dir: Directory = "/dev/shm"
+    """Absolute path of the tmpfs that holds the arenas."""
+
+    work_attempts: Attempts = 3
+    """How often the work of dead workers is begun, the first time included, before its generation fails."""
+
+    def __post_init__(self) -> None:
+        """Check what no single bound can say; msgspec makes its own error of a ValueError."""
+        if _split(self.http) is None:
+            raise ValueError(f"http: {self.http!r} is {_NO_ADDRESS}")
+        if self.session_timeout_s <= self.heartbeat_s:
+            raise ValueError(f"session_timeout_s: must be more than heartbeat_s, {self.heartbeat_s}")
+
+
+def load_config() -> Config:
+    """Return the configuration of the file named by CKPTD_CONFIG, or the defaults where none is named.
+
+    Raises:
+        BadConfig: The file cannot be read, is no TOML, or has an unknown key or a value that cannot be.
+            The daemon ends: to go on with defaults would hide the mistake.
+    """
+    path = os.environ.get("CKPTD_CONFIG", "")
+    if not path:
+        return Config()
+    try:
+        values = tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise BadConfig(path, f"{error.strerror}; correct or unset CKPTD_CONFIG") from None
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise BadConfig(path, f"not a TOML file: {error}; correct it or unset CKPTD_CONFIG") from None
+    return _checked(path, values)
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split ``HOST:PORT`` or ``[IPV6]:PORT`` into host, without brackets, and port, 0 to 65535.
+
+    Raises:
+        BadConfig: The text is neither. Tell the user, who wrote it.
+    """
+    parts = _split(address)
+    if parts is None:
+        raise BadConfig(repr(address), _NO_ADDRESS)
+    return parts
+
+
+def _checked(path: str, values: dict[str, Any]) -> Config:
+    known = Config.__struct_fields__
+    if unknown := sorted(set(values) - set(known)):
+        raise BadConfig(path, f"unknown key {unknown[0]!r}; correct or remove it (keys: {', '.join(known)})")
+    try:
+        return msgspec.convert(values, Config)
+    except msgspec.ValidationError as error:
+        what, _, key = str(error).partition(" - at `$.")
+        named = f"{key.rstrip('`')}: {what}" if key else what
+        raise BadConfig(path, f"{named}; correct it, or leave it out for the default") from None
+
+
+def _split(address: str) -> tuple[str, int] | None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match["port"]) > 65535:
+        return None
+    return match["v6"] or match["name"], int(match["port"])

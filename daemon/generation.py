@@ -1,0 +1,100 @@
+"""One save in flight: the rules, what each rank sent, and what the status tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from ckptd.checkpoint.names import hidden_directory
+from ckptd.daemon.sessions import ArenaFile
+from ckptd.protocol.messages import PlanDone, Propose, Sealed
+from ckptd.protocol.save import SaveRules
+
+
+@dataclass(frozen=True)
+class CurrentPlan:
+    """A plan in force: its file, and what it means for each rank."""
+
+    path: str
+    digests: tuple[str, ...]
+    proposals: tuple[bytes, ...]  # each rank's encoded local plan, so that a changed rank can be planned anew
+    done: PlanDone
+
+    @property
+    def image_bytes(self) -> tuple[int, ...]:
+        """Size of each rank's image in bytes."""
+        return tuple(self.done.image_bytes)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A rank's sealed slot, and where it lies."""
+
+    message: Sealed
+    arena: ArenaFile
+
+
+@dataclass(eq=False)
+class Generation:
+    """One save of one incarnation of a job."""
+
+    incarnation: int
+    sequence: int
+    save_id: str
+    rules: SaveRules
+    plan: CurrentPlan | None
+    dry: bool = False  # only a plan is wanted, ahead of the first save
+    proposals: dict[int, Propose] = field(default_factory=dict)
+    seals: dict[int, Seal] = field(default_factory=dict)
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    bytes_done: dict[int, int] = field(default_factory=dict)
+    begun_at_s: float = field(default_factory=time.monotonic)
+    begun_unix_s: float = field(default_factory=time.time)
+    news_at_s: float = field(default_factory=time.monotonic)
+    ended_at_s: float | None = None
+    waits_for_older: bool = False
+    work: set[asyncio.Task[None]] = field(default_factory=set)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def directory(self) -> str:
+        """Hidden directory of the files, until they are published."""
+        return hidden_directory(self.rules.checkpoint_id, self.save_id)
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all images, or of those sealed so far while there is no plan."""
+        return sum(self.rules.known_bytes) or sum(seal.message.image_bytes for seal in self.seals.values())
+
+    @property
+    def seconds(self) -> float:
+        """Age of the save, or how long it took."""
+        return (self.ended_at_s or time.monotonic()) - self.begun_at_s
+
+    def note_news(self) -> None:
+        """Something happened: the deadline begins anew."""
+        self.news_at_s = time.monotonic()
+
+    def waiting_for(self) -> str:
+        """Return in words what this save waits for."""
+        ranks = self.rules.waiting_for() or self.rules.unsealed()
+        if ranks:
+            named = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+            return f"save of {self.rules.checkpoint_id} waits for rank {named} to stage its part"
+        return f"save of {self.rules.checkpoint_id} waits for its files to be written"
+
+    def status(self) -> dict[str, object]:
+        """Return what `/status` tells."""
+        return {
+            "sequence": self.sequence,
+            "save_id": self.save_id,
+            "checkpoint_id": self.rules.checkpoint_id,
+            "state": self.rules.state.value,
+            "bytes_done": sum(self.bytes_done.values()),
+            "bytes_total": self.bytes_total,
+            "started_unix_s": self.begun_unix_s,
+            "seconds": self.seconds,
+            "ranks_sealed": len(self.rules.sealed),
+            "error": None if self.rules.error is None else str(self.rules.error),
+        }

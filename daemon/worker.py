@@ -1,0 +1,194 @@
+"""A worker process: plans, writes, hashes, fsyncs and commits for one job, under the trainer's uid.
+
+Spawned, never forked from a trainer; a blocking loop over one socket. End-of-file is the order to leave. Foreseen
+failures are answers; its death is one too, made by the supervisor. It loads no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import Final, assert_never
+
+import numpy as np
+
+from ckptd.checkpoint.commit import commit, discard, prepare_directory
+from ckptd.checkpoint.items import decode_plan
+from ckptd.checkpoint.plan import make_plan
+from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.write import Pace, write_image
+from ckptd.protocol import messages
+from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
+from ckptd.protocol.messages import (
+    CommitDone,
+    CommitTask,
+    DiscardDone,
+    DiscardTask,
+    PlanDone,
+    PlanTask,
+    Task,
+    TaskFailed,
+    TaskReply,
+    WriteDone,
+    WriteProgress,
+    WriteTask,
+)
+
+logger = logging.getLogger(__name__)
+
+FRAME_LENGTH: Final = struct.Struct("<I")
+
+# Progress is for people and deadlines: ten a second are enough for both.
+_PROGRESS_INTERVAL_S: Final = 0.1
+
+# The block layer's idle class is honoured by bfq and by mq-deadline's priorities. Source: ioprio_set(2).
+_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
+_IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_BEST_EFFORT_LOWEST: Final = (2 << 13) | 7
+
+
+class _Arenas:
+    """Mappings of the job's arenas, kept from save to save so that their pages are mapped once."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, tuple[int, memoryview]] = {}
+
+    def view(self, path: str) -> memoryview:
+        """Return the arena's bytes, read-only. Raises SystemCallFailed."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise SystemCallFailed("open", path, error.errno or 0) from None
+        try:
+            inode = os.fstat(descriptor).st_ino
+            known = self._views.get(path)
+            if known is None or known[0] != inode:
+                self._forget_deleted()
+                memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                self._views[path] = known = (inode, memoryview(memory))
+        finally:
+            os.close(descriptor)
+        return known[1]
+
+    def _forget_deleted(self) -> None:
+        self._views = {path: view for path, view in self._views.items() if os.path.exists(path)}
+
+
+class Worker:
+    """Answers one task after the other."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._arenas = _Arenas()
+        self._sending = threading.Lock()
+        self._last_progress_s = 0.0
+
+    def run(self) -> None:
+        """Serve until the daemon closes the connection."""
+        while (frame := self._receive()) is not None:
+            self._send(self._answer(frame))
+
+    def _receive(self) -> bytes | None:
+        head = self._connection.recv(FRAME_LENGTH.size, socket.MSG_WAITALL)
+        if len(head) < FRAME_LENGTH.size:
+            return None
+        (length,) = FRAME_LENGTH.unpack(head)
+        parts: list[bytes] = []
+        while length:
+            part = self._connection.recv(min(length, 1 << 20))
+            if not part:
+                return None
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def _send(self, reply: TaskReply) -> None:
+        frame = messages.encode(reply)
+        with self._sending:
+            self._connection.sendall(FRAME_LENGTH.pack(len(frame)) + frame)
+
+    def _answer(self, frame: bytes) -> TaskReply:
+        try:
+            return self._perform(messages.decode_task(frame))
+        except CkptdError as error:
+            return TaskFailed(error.report())
+        except Exception as bug:  # the bulkhead around one task: doing it again would meet the same bug
+            logger.exception("bug in a worker")
+            return TaskFailed(UnexpectedError(f"internal error: {bug!r}; see the daemon's log").report())
+
+    def _perform(self, task: Task) -> TaskReply:
+        match task:
+            case PlanTask():
+                return _plan(task)
+            case WriteTask():
+                return self._write(task)
+            case CommitTask():
+                return CommitDone(commit(load_plan(task.plan_path), task))
+            case DiscardTask():
+                discard(task.directory)
+                return DiscardDone()
+        assert_never(task)
+
+    def _write(self, task: WriteTask) -> WriteDone:
+        rows = load_plan(task.plan_path).ranks[task.rank]
+        lengths = rows.true_bytes(task.object_bytes)
+        prepare_directory(task.directory)
+        arena = self._arenas.view(task.arena_path)
+        image = arena[task.image_offset : task.image_offset + task.image_bytes]
+        if image.nbytes != task.image_bytes:
+            raise BadMessage(f"an image of {task.image_bytes} bytes that its arena does not hold")
+        written = write_image(
+            os.path.join(task.directory, task.file),
+            image,
+            (rows.data_offset, lengths),
+            pace=Pace(task.threads, task.chunk_bytes),
+            on_progress=self._progress,
+        )
+        hashes = written.hashes.astype("<u8").tobytes()
+        return WriteDone(written.bytes_written, hashes, written.write_s, written.fsync_s, written.direct)
+
+    def _progress(self, bytes_done: int) -> None:
+        now = time.monotonic()
+        if now - self._last_progress_s >= _PROGRESS_INTERVAL_S:
+            self._last_progress_s = now
+            self._send(WriteProgress(bytes_done))
+
+
+def _plan(task: PlanTask) -> PlanDone:
+    plans = [decode_plan(data) for data in task.plans]
+    fixed = [None if done is None else np.frombuffer(done, dtype="<i8") for done in task.fixed]
+    plan = make_plan(plans, fixed)
+    store_plan(task.path, plan)
+    return PlanDone(
+        [mine.astype("<i8").tobytes() for mine in plan.assigned],
+        [layout.image_bytes for layout in plan.layouts],
+    )
+
+
+def _step_back(nice: int) -> None:
+    """Let the trainer go first, on the processor and at the disk."""
+    os.nice(nice)
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_BEST_EFFORT_LOWEST)
+
+
+def main() -> None:
+    """Serve tasks from the socket whose descriptor is the first argument; the second is the nice value."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s worker %(process)d: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the daemon decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does a service manager's stop
+    _step_back(int(sys.argv[2]))
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()
