@@ -22,7 +22,8 @@ test: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy protocol staging checkpoint daemon client benchmarks examples
+	$(BIN)/mypy --package ckptd
+	$(BIN)/mypy benchmarks examples
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

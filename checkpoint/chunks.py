@@ -1,5 +1,6 @@
-"""What part of a global tensor this process holds: plain tensors, DTensor, ShardedTensor, and whoever speaks DCP's
-``__create_chunk_list__``. The one place that looks at how a tensor is sharded.
+"""What part of a global tensor this process holds. The one place that looks at how a tensor is sharded.
+
+Plain tensors, DTensor, ShardedTensor, and whoever speaks DCP's ``__create_chunk_list__``.
 """
 
 from __future__ import annotations
@@ -104,10 +105,7 @@ def _dtensor_chunks(name: str, value: DTensor) -> list[Chunk]:
     if value.device_mesh.get_coordinate() is None:
         return []  # this rank is not part of the mesh
     local = _plain(name, _local(value))
-    return [
-        Chunk(tuple(box.offsets), tuple(box.sizes), local)
-        for box in value.__create_chunk_list__()
-    ]
+    return [Chunk(tuple(box.offsets), tuple(box.sizes), local) for box in value.__create_chunk_list__()]
 
 
 def _declared_chunks(name: str, value: Any) -> list[Chunk]:

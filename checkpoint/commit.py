@@ -131,7 +131,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _link_tree(source: str, target: str) -> None:
-    shutil.copytree(source, target, symlinks=True, copy_function=lambda one, other: _link(one, other))
+    shutil.copytree(source, target, symlinks=True, copy_function=_link)
 
 
 def _move_late_foreign(old: str, new: str) -> None:

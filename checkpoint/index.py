@@ -17,10 +17,11 @@ import msgspec
 import numpy as np
 import safetensors.numpy
 import xxhash
+from numpy.typing import NDArray
+
 from ckptd.checkpoint.columns import Index, Int64, KeyPath, UInt8
 from ckptd.checkpoint.index_check import check_columns
 from ckptd.protocol.errors import BadIndex, Unsupported
-from numpy.typing import NDArray
 
 __all__ = ["VERSION", "Index", "check_index", "decode_index", "encode_index"]
 

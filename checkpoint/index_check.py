@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ckptd.checkpoint.columns import Index
 from ckptd.staging.dtypes import DTYPES, OBJECT
-from numpy.typing import NDArray
 
 # torch's own limit (at::kDimVectorStaticSize is 5, but TensorIterator and numpy stop at 64).
 MAX_DIMENSIONS: Final = 64

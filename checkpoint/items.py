@@ -131,7 +131,7 @@ def _check(plan: LocalPlan) -> None:
     lengths = {len(plan.paths), len(plan.dtype), len(plan.ndim), len(plan.requires_grad)}
     if lengths - {names} or len(plan.capacity) != items:
         raise BadMessage("a plan whose columns differ in length")
-    if items and not (0 <= plan.item_name.min() and plan.item_name.max() < names):
+    if items and not (plan.item_name.min() >= 0 and plan.item_name.max() < names):
         raise BadMessage("a plan whose items name nothing")
     if plan.ndim.size and plan.ndim.max() > plan.shape.shape[1]:
         raise BadMessage("a plan with more dimensions than columns")

@@ -1,7 +1,7 @@
 """Where each item lies in a rank's image: a pure function of the rank's assigned items.
 
-Invariant: records do not overlap, and a tensor of at least a page starts on a page, so that it can be read with O_DIRECT
-or mapped without a copy. Small tensors share pages: a scalar must not cost 4 KiB.
+Invariant: records do not overlap, and a tensor of at least a page starts on a page, so that it can be read with
+O_DIRECT or mapped without a copy. Small tensors share pages: a scalar must not cost 4 KiB.
 """
 
 from __future__ import annotations
@@ -78,4 +78,3 @@ def make_layout(plan: LocalPlan, assigned: Int64) -> Layout:
         columns = np.array(rows, dtype=np.int64).T
     image_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return Layout(assigned, columns[0], columns[1], columns[2], columns[3], image_bytes)
-

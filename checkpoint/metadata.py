@@ -6,12 +6,13 @@ import pickle
 from typing import Final
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
 from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.metadata_unpickle import collector_paused
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, by_code, by_name
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 # A torch that is older than the newest dtype simply lacks it.
 _TORCH: Final[dict[int, torch.dtype]] = {
@@ -49,9 +50,7 @@ def to_metadata(index: Index) -> Metadata:
         index: A checked index. ``checkpoint_id`` and ``save_id`` come from its header, if it has them.
     """
     header = index.header
-    data = encode_metadata(
-        index, checkpoint_id=header.get("checkpoint_id", ""), save_id=header.get("save_id", "")
-    )
+    data = encode_metadata(index, checkpoint_id=header.get("checkpoint_id", ""), save_id=header.get("save_id", ""))
     # Our own bytes, made in the line above: torch's C unpickler makes the objects faster than Python could.
     with collector_paused():
         metadata: Metadata = pickle.loads(data)

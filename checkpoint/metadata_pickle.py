@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+
 from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.metadata_unpickle import decode_metadata
 from ckptd.checkpoint.opcodes import (

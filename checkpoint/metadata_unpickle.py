@@ -21,6 +21,7 @@ from itertools import chain
 from typing import Any, Final
 
 import numpy as np
+
 from ckptd.checkpoint.columns import Index, Int64, KeyPath
 from ckptd.checkpoint.index_check import MAX_DIMENSIONS, check_columns
 from ckptd.protocol.errors import BadIndex, Unsupported
@@ -79,9 +80,7 @@ def decode_metadata(data: bytes, path: str) -> Index:
             metadata = _Unpickler(data, classes, path).load()
             index = _index(metadata, classes)
     except _MALFORMED as error:
-        raise BadIndex(
-            path, f"not the metadata of a checkpoint ({type(error).__name__}: {error})"[:200]
-        ) from None
+        raise BadIndex(path, f"not the metadata of a checkpoint ({type(error).__name__}: {error})"[:200]) from None
     reason = check_columns(index)
     if reason is not None:
         raise BadIndex(path, reason)

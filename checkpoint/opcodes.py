@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+
 from ckptd.checkpoint.columns import Int64, UInt8
 
 POP: Final = b"0"

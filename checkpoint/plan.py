@@ -1,7 +1,7 @@
 """The global plan of a job: who writes what, and the index of the checkpoint that comes of it. Knows no torch.
 
-Replicated items are written once, balanced over ranks by bytes. Gaps, overlaps and contradictions are refused, because a
-checkpoint that cannot be loaded must not be committed.
+Replicated items are written once, balanced over ranks by bytes. Gaps, overlaps and contradictions are refused, because
+a checkpoint that cannot be loaded must not be committed.
 """
 
 from __future__ import annotations

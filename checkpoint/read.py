@@ -223,8 +223,8 @@ class _Reading:
                 ctypes.memmove(piece.address, source + piece.begin - request.begin, piece.nbytes)
         for piece in request.pieces:
             with self._lock:
-                piece.read._missing_bytes -= piece.nbytes  # noqa: SLF001
-                complete = piece.read._missing_bytes == 0  # noqa: SLF001
+                piece.read._missing_bytes -= piece.nbytes
+                complete = piece.read._missing_bytes == 0
             if complete:
                 _finish(piece.read)
 

@@ -17,6 +17,7 @@ from typing import Final
 
 import numpy as np
 import xxhash
+
 from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.system import named
@@ -126,7 +127,7 @@ def _batches(index: Index, items: Int64) -> Iterator[Int64]:
         limit = begins[first] + READ_BYTES
         last = first + int(np.searchsorted(begins[first:same_file], limit, side="left"))
         beyond = np.flatnonzero(ends[first:last] > limit)
-        pass
+        last = max(first + int(beyond[0]), first + 1) if len(beyond) else last
         yield items[first:last]
         first = last
 
@@ -156,8 +157,7 @@ class _Verifier:
             return nbytes, [error]
         wrong = np.flatnonzero(np.fromiter(hashes, np.uint64, len(items)) != index.item_hash[items])
         return nbytes, [
-            WrongBits(file, index.names[int(index.item_name[items[row]])], int(begins[row]))
-            for row in wrong.tolist()
+            WrongBits(file, index.names[int(index.item_name[items[row]])], int(begins[row])) for row in wrong.tolist()
         ]
 
     def _hashes(self, descriptor: int, file: str, begins: list[int], lengths: list[int]) -> Iterable[int]:

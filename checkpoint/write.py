@@ -1,6 +1,7 @@
 """Writes one rank's staged image to its file: O_DIRECT from several threads, hashing items while they are warm.
 
-Nothing is parsed or copied on the way: the image is the file. Invariant: the call returns only when the bytes are durable.
+Nothing is parsed or copied on the way: the image is the file. Invariant: the call returns only when the bytes are
+durable.
 """
 
 from __future__ import annotations

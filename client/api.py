@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -220,9 +225,7 @@ def _key(group: dist.ProcessGroup | None, *, no_dist: bool) -> str:
     return "ranks " + "-".join(str(rank) for rank in dist.get_process_group_ranks(group))
 
 
-def _identity(
-    group: dist.ProcessGroup | None, *, job: str | None, timeout_s: float, no_dist: bool = False
-) -> Identity:
+def _identity(group: dist.ProcessGroup | None, *, job: str | None, timeout_s: float, no_dist: bool = False) -> Identity:
     if no_dist or not dist.is_available() or not dist.is_initialized():
         return alone(job)
     return of_group(group, job=job, timeout_s=timeout_s)
@@ -268,7 +271,7 @@ def _request(
     return SaveRequest(state_dict, path, settings, flat, _overwrites(storage_writer), _read_metadata, background)
 
 
-def _path(checkpoint_id: CheckpointId | None, storage: Any, kind: type, name: str) -> str:
+def _path(checkpoint_id: CheckpointId | None, storage: Any, kind: type[Any], name: str) -> str:
     """Return the absolute path that is meant by an id or a stock storage object."""
     if storage is not None and type(storage) is not kind:
         raise Unsupported(f"{name} {type(storage).__name__}", f"give checkpoint_id or a {kind.__name__}")
@@ -276,7 +279,7 @@ def _path(checkpoint_id: CheckpointId | None, storage: Any, kind: type, name: st
         if storage is None:
             raise Unsupported("a call without an id", f"give checkpoint_id or {name}")
         checkpoint_id = storage.path
-    text = os.fspath(checkpoint_id)  # type: ignore[arg-type]
+    text = os.fspath(checkpoint_id)
     if not text or "\0" in text:
         raise Unsupported(f"checkpoint id {text!r}", "give the path of a directory")
     if "://" in text:

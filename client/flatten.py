@@ -28,6 +28,11 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
     return leaves
 
 
+def top_level(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
+    """Return the values of a state dict that is to be taken as it is, each with its path of one step."""
+    return {str(key): ((str(key),), value) for key, value in state_dict.items()}
+
+
 def _walk(leaves: dict[str, tuple[Path, Any]], name: str, path: Path, value: Any) -> None:
     if isinstance(value, Mapping):
         for key, inner in value.items():

@@ -57,7 +57,11 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
     layout = make_layout(plan, items)
     placed: list[Placed] = []
     rows = zip(
-        items.tolist(), layout.record_offset.tolist(), layout.data_offset.tolist(), layout.data_bytes.tolist(), strict=True
+        items.tolist(),
+        layout.record_offset.tolist(),
+        layout.data_offset.tolist(),
+        layout.data_bytes.tolist(),
+        strict=True,
     )
     for item, record_offset, data_offset, data_bytes in rows:
         name = int(plan.item_name[item])
@@ -68,7 +72,15 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
         record = item_record(plan, item)
         shape = tuple(plan.item_sizes[item, : plan.ndim[name]].tolist())
         placed.append(
-            Placed(record_offset, data_offset, data_bytes, record.prefix, record.suffix, torch_dtype(dtype), shape)
+            Placed(
+                record_offset,
+                data_offset,
+                data_bytes,
+                record.prefix,
+                record.suffix,
+                torch_dtype(dtype),
+                shape,
+            )
         )
     objects = sum(item.dtype is None for item in placed)
     control_bytes = -(-(_SEAL_BYTES + 8 * objects) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

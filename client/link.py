@@ -181,8 +181,8 @@ class Link:
                 beat_at_s = now + self.attached.heartbeat_s
             if now - heard_s > self.attached.silence_s:
                 return DaemonLost(self.runtime)
-            ready = dict(poller.poll(max(0.0, beat_at_s - now) * 1000))
-            while dealer.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            ready = dict(poller.poll(int(max(0.0, beat_at_s - now) * 1000) + 1))
+            while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 heard_s = time.monotonic()
                 self._take(dealer.recv())
             if self._wake_receive in ready:

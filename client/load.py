@@ -10,8 +10,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.read import read_all
-from ckptd.client.flatten import flatten, set_leaf
+from ckptd.client.flatten import flatten, set_leaf, top_level
 from ckptd.client.load_plan import LoadPlanner
+from ckptd.client.snapshot import state_of
 from ckptd.staging.image import scalar_value
 
 # Four readers fill the queue of one NVMe device; more gain nothing. Measured: 4 and 8 threads within noise.
@@ -34,8 +35,8 @@ def load_into(state_dict: dict[str, Any], path: str, *, partial: bool, flat: boo
         StorageError: Bytes are missing or wrong; what the state dict's tensors hold now is undefined.
     """
     index = read_index(path)
-    state = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
-    leaves = {str(key): ((str(key),), value) for key, value in state.items()} if flat else flatten(state)
+    state = state_of(state_dict)
+    leaves = top_level(state) if flat else flatten(state)
     for name, (where, value) in leaves.items():
         if isinstance(value, torch.Tensor) and type(value) is torch.Tensor and value.is_meta:
             fresh = torch.empty_like(value, device="cpu")

@@ -211,9 +211,7 @@ class LoadPlanner:
         index = self._index
         expected = int(index.item_hash[item]) if whole and self._verify else None
         name = index.names[index.item_name[item]]
-        self._plan.reads.append(
-            Read(self._file(item), offset, target.nbytes, target.data_ptr(), name, expected, then)
-        )
+        self._plan.reads.append(Read(self._file(item), offset, target.nbytes, target.data_ptr(), name, expected, then))
 
 
 def _region(data: torch.Tensor, overlap: Overlap) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ckptd.checkpoint.chunks import Chunk, chunks_of, data_of, structure_of
 from ckptd.checkpoint.items import LocalPlan
 from ckptd.checkpoint.metadata import dtype_code
-from ckptd.client.flatten import Path, flatten
+from ckptd.client.flatten import Path, flatten, top_level
 from ckptd.staging.dtypes import OBJECT
 from ckptd.staging.image import scalar_record
 
@@ -53,9 +53,7 @@ class Snapshot:
 
 def state_of(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict with its Stateful values asked for their state."""
-    return {
-        key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()
-    }
+    return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
 
 
 def take_snapshot(state_dict: Mapping[str, Any], *, capacities: Mapping[str, int], flat: bool = False) -> Snapshot:
@@ -70,7 +68,7 @@ def take_snapshot(state_dict: Mapping[str, Any], *, capacities: Mapping[str, int
         Unsupported: A value cannot be saved; the key is named.
     """
     state = state_of(state_dict)
-    leaves = {str(k): ((str(k),), v) for k, v in state.items()} if flat else flatten(state)
+    leaves = top_level(state) if flat else flatten(state)
     structure: list[Any] = []
     sources: list[Source] = []
     reserved: dict[str, int] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -36,9 +35,7 @@ async def _serve(config: Config, place: Place) -> None:
 def main() -> int:
     """Serve until told to stop; return the exit status."""
     arguments = _arguments()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         config = load_config()
         place = Place(runtime_dir(), arguments.http or config.http, _mode(arguments.mode))

@@ -178,5 +178,3 @@ class _AttachedPeer:
             socket.send_fds(self._connection, [FRAME_LENGTH.pack(len(frame)) + frame], descriptors or [])
         except OSError as error:
             logger.info("pid %d went away: %s", self._peer.pid, error)
-
-

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
+
 from ckptd import __version__
 from ckptd.daemon.config import parse_address
 from ckptd.protocol.errors import BadConfig, BadMessage, CkptdError, DaemonUnavailable
@@ -152,9 +153,7 @@ def serve(
 
 
 @app.command()
-def status(
-    *, as_json: Annotated[bool, typer.Option("--json", help="Print what the daemon answers.")] = False
-) -> None:
+def status(*, as_json: Annotated[bool, typer.Option("--json", help="Print what the daemon answers.")] = False) -> None:
     """Show the jobs of the running daemon, their ranks and their saves."""
     body = fetch_status(runtime_dir())
     if as_json:

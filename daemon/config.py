@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
+
 from ckptd.protocol.errors import BadConfig
 
 # O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every NVMe

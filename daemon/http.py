@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, cast
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+
 from ckptd.daemon.config import parse_address
 from ckptd.daemon.metrics import CONTENT_TYPE, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
@@ -195,9 +196,7 @@ def _refuse_foreign_hosts(port: int, names: Collection[str]) -> Middleware:
 def _listen(address: str, host: str, port: int) -> socket.socket:
     """Bind and listen at once: two sockets with SO_REUSEADDR may share a port until one of them listens."""
     try:
-        family, kind, _, _, target = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise BadConfig(address, f"{error.strerror}; write an IP address of this machine") from None
     listener = socket.socket(family, kind)

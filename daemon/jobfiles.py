@@ -24,7 +24,7 @@ class JobFiles:
 
     @property
     def owner(self) -> tuple[int, int] | None:
-        """uid and gid that files are given to; None keeps ours."""
+        """Uid and gid that files are given to; None keeps ours."""
         return None if self._identity is None else (self._identity.uid, self._identity.gid)
 
     def path(self, name: str) -> str:

@@ -244,9 +244,7 @@ class Job:
         self._metrics.observe_phase("plan", message.plan_s)
         self._metrics.observe_stall(message.stall_s)
         self._metrics.staged(message.image_bytes)
-        event = rules.RankSealed(
-            session.rank, message.checkpoint_id, message.digest, message.image_bytes
-        )
+        event = rules.RankSealed(session.rank, message.checkpoint_id, message.digest, message.image_bytes)
         self._apply(generation, event)
 
     def on_gave_up(self, session: Session, message: GaveUp) -> None:
@@ -326,16 +324,14 @@ class Job:
             await work
         except CkptdError as error:
             self._apply(generation, rules.Broke(error))
-        except Exception as bug:  # noqa: BLE001  # the bulkhead around one generation: a bug costs one save
+        except Exception as bug:  # the bulkhead around one generation: a bug costs one save
             logger.exception("bug in job %s, save %d", self.name, generation.sequence)
             self._apply(generation, rules.Broke(UnexpectedError(f"internal error: {bug!r}; see the daemon's log")))
 
     async def _make_plan(self, generation: Generation, fixed: frozenset[int]) -> None:
         pool, base = self._pool(), generation.plan
         ranks = range(self.roster.world_size)
-        proposals = [
-            base.proposals[r] if r in fixed and base else generation.proposals[r].plan for r in ranks
-        ]
+        proposals = [base.proposals[r] if r in fixed and base else generation.proposals[r].plan for r in ranks]
         staged = [base.done.assigned[r] if r in fixed and base else None for r in ranks]
         digests = tuple(base.digests[r] if r in fixed and base else generation.proposals[r].digest for r in ranks)
         self._plans_made += 1

@@ -11,6 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
 from ckptd import __version__
 from ckptd.protocol.errors import (
     BY_CODE,
@@ -22,16 +33,6 @@ from ckptd.protocol.errors import (
     RequestError,
     StorageError,
 )
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    disable_created_metrics,
-)
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector
 
 Phase = Literal["plan", "stage", "queue", "write", "fsync", "commit"]
 Outcome = Literal["committed", "failed", "skipped"]
@@ -95,27 +96,19 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges = _Gauges(snapshot, clock)
         self._registry.register(self._gauges)
-        phase = self._histogram(
-            "ckptd_phase_seconds", "Time that one phase of a save took on one rank.", "phase"
-        )
+        phase = self._histogram("ckptd_phase_seconds", "Time that one phase of a save took on one rank.", "phase")
         self._phases = {name: phase.labels(name) for name in get_args(Phase)}
-        self._stall = self._histogram(
-            "ckptd_trainer_stall_seconds", "Time that a trainer waited in a save call."
-        )
+        self._stall = self._histogram("ckptd_trainer_stall_seconds", "Time that a trainer waited in a save call.")
         self._save = self._histogram("ckptd_save_seconds", "Time from scheduling a save to its commit.")
         self._staged = self._counter("ckptd_staged_bytes", "Bytes that trainers copied into slots.")
-        self._written = self._counter(
-            "ckptd_written_bytes", "Bytes that workers wrote, repeated work included."
-        )
+        self._written = self._counter("ckptd_written_bytes", "Bytes that workers wrote, repeated work included.")
         self._committed = self._counter("ckptd_committed_bytes", "Bytes of published checkpoints.")
         self._restarts = self._counter("ckptd_worker_restarts", "Dead workers that were replaced.")
         saves = self._counter("ckptd_saves", "Saves that came to an end, by outcome.", "outcome")
         self._saves = {name: saves.labels(name) for name in get_args(Outcome)}
         failures = self._counter("ckptd_failures", "Failed saves, by class of the root cause.", "kind")
         self._failures = {name: failures.labels(name) for name in get_args(Kind)}
-        rejected = self._counter(
-            "ckptd_rejected_messages", "Messages dropped unanswered or refused.", "reason"
-        )
+        rejected = self._counter("ckptd_rejected_messages", "Messages dropped unanswered or refused.", "reason")
         self._rejected = {name: rejected.labels(name) for name in get_args(Reason)}
 
     def observe_phase(self, phase: Phase, seconds: float) -> None:
@@ -200,9 +193,7 @@ class _Gauges(Collector):
         for state in get_args(SlotState):
             slots.add_metric([state], live.slots.get(state, 0))
         yield slots
-        yield GaugeMetricFamily(
-            "ckptd_queued_images", "Sealed images that wait for a worker.", live.queue_depth
-        )
+        yield GaugeMetricFamily("ckptd_queued_images", "Sealed images that wait for a worker.", live.queue_depth)
         yield GaugeMetricFamily("ckptd_sessions", "Open sessions.", live.sessions)
         yield GaugeMetricFamily("ckptd_workers", "Running worker processes.", live.workers)
         yield GaugeMetricFamily("ckptd_arena_bytes", "Shared memory of all arenas.", live.arena_bytes)
@@ -211,9 +202,7 @@ class _Gauges(Collector):
         yield from self._last_commit()
 
     def _last_commit(self) -> Iterator[Metric]:
-        when = GaugeMetricFamily(
-            "ckptd_last_commit_timestamp_seconds", "Unix time of the last commit, if any."
-        )
+        when = GaugeMetricFamily("ckptd_last_commit_timestamp_seconds", "Unix time of the last commit, if any.")
         age = GaugeMetricFamily("ckptd_last_commit_age_seconds", "Time since the last commit, if any.")
         if self.last_commit_s is not None:
             when.add_metric([], self.last_commit_s)

@@ -108,9 +108,7 @@ class _WorkerProcess:
             raise EOFError from None
         while True:
             async with asyncio.timeout(silence_s):
-                reply = messages.decode_task_reply(
-                    await read_frame(self.reader, limit_bytes=_REPLY_LIMIT_BYTES)
-                )
+                reply = messages.decode_task_reply(await read_frame(self.reader, limit_bytes=_REPLY_LIMIT_BYTES))
             if not isinstance(reply, WriteProgress):
                 return reply
             job.on_progress(reply.bytes_done)
@@ -119,7 +117,7 @@ class _WorkerProcess:
         """Kill the process if need be, reap it and return its exit status; one that hangs in the kernel is left."""
         self.process.kill()
         try:
-            return self.process.wait(timeout=_REAP_TIMEOUT_S)
+            return int(self.process.wait(timeout=_REAP_TIMEOUT_S))
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
 

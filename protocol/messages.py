@@ -289,12 +289,12 @@ class _AttachVersion(msgspec.Struct):
 
 _encoder = msgspec.msgpack.Encoder()
 _attach_version = msgspec.msgpack.Decoder(_AttachVersion)
-_attach_request = msgspec.msgpack.Decoder(AttachRequest)
-_attach_reply = msgspec.msgpack.Decoder(AttachReply)
-_client_message = msgspec.msgpack.Decoder(ClientMessage)
-_daemon_message = msgspec.msgpack.Decoder(DaemonMessage)
-_task = msgspec.msgpack.Decoder(Task)
-_task_reply = msgspec.msgpack.Decoder(TaskReply)
+_attach_request: msgspec.msgpack.Decoder[AttachRequest] = msgspec.msgpack.Decoder(AttachRequest)
+_attach_reply: msgspec.msgpack.Decoder[AttachReply] = msgspec.msgpack.Decoder(AttachReply)
+_client_message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_daemon_message: msgspec.msgpack.Decoder[DaemonMessage] = msgspec.msgpack.Decoder(DaemonMessage)
+_task: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
+_task_reply: msgspec.msgpack.Decoder[TaskReply] = msgspec.msgpack.Decoder(TaskReply)
 
 
 def encode(message: Message) -> bytes:

@@ -30,9 +30,7 @@ def runtime_dir() -> str:
     longest = max(len(_ATTACH), len(_MESSAGES))
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES - longest:
         limit_bytes = SOCKET_PATH_BYTES - longest
-        raise BadConfig(
-            path, f"longer than {limit_bytes} bytes; set CKPTD_RUNTIME_DIR to a shorter directory"
-        )
+        raise BadConfig(path, f"longer than {limit_bytes} bytes; set CKPTD_RUNTIME_DIR to a shorter directory")
     return path
 
 

@@ -1,7 +1,7 @@
 """The rules of one save, without I/O: events in, actions out.
 
-Participants are ranks; nothing here knows where they run. Invariant: :class:`Commit` is asked for at most once, and only
-after every participant's image was reported durable with its planned size. Silence is failure.
+Participants are ranks; nothing here knows where they run. Invariant: :class:`Commit` is asked for at most once, and
+only after every participant's image was reported durable with its planned size. Silence is failure.
 """
 
 from __future__ import annotations
@@ -244,4 +244,3 @@ class SaveRules:
     def _abandon(self, error: CkptdError) -> list[Action]:
         self.state, self.error = State.FAILED, error
         return [Abandon(error, replan=isinstance(error, BadPlan | RankMismatch))]
-

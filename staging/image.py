@@ -66,9 +66,7 @@ class _Entry:
     def local(self) -> bytes:
         extra = self._extra64()
         version, size = (_VERSION64, _MAX32) if extra else (_VERSION, self.nbytes)
-        fixed = _LOCAL.pack(
-            b"PK\3\4", version, 0, 0, 0, _FIRST_DAY, self.crc32, size, size, len(self.name), len(extra)
-        )
+        fixed = _LOCAL.pack(b"PK\3\4", version, 0, 0, 0, _FIRST_DAY, self.crc32, size, size, len(self.name), len(extra))
         return fixed + self.name + extra
 
     def central(self, offset: int) -> bytes:
@@ -112,18 +110,14 @@ def _int(value: int) -> bytes:
     # Two's complement with room for the sign: -2**n needs as many bits as 2**n - 1, hence the complement.
     length = ((value if value >= 0 else ~value).bit_length() >> 3) + 1
     data = value.to_bytes(length, "little", signed=True)
-    return (
-        b"\x8a" + length.to_bytes(1, "little") if length < 256 else b"\x8b" + struct.pack("<i", length)
-    ) + data
+    return (b"\x8a" + length.to_bytes(1, "little") if length < 256 else b"\x8b" + struct.pack("<i", length)) + data
 
 
 def _int_tuple(values: tuple[int, ...]) -> bytes:
     if not values:
         return b")"
     opcodes = b"".join(map(_int, values))
-    return (
-        b"(" + opcodes + b"t" if len(values) > 3 else opcodes + (b"\x85", b"\x86", b"\x87")[len(values) - 1]
-    )
+    return b"(" + opcodes + b"t" if len(values) > 3 else opcodes + (b"\x85", b"\x86", b"\x87")[len(values) - 1]
 
 
 def _tensor_pickle(dtype: int, shape: tuple[int, ...]) -> bytes:

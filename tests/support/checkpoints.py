@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+
 from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.index import encode_index
 from ckptd.staging.dtypes import OBJECT, by_code, by_name

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, OBJECT, by_code, by_name
 

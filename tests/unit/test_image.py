@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, by_name
 from ckptd.staging.image import scalar_record, scalar_value, tensor_record

@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
+from support.checkpoints import make_checkpoint, many_items
+from torch.distributed.checkpoint.metadata import StorageMeta
+
 from ckptd.checkpoint.metadata import dtype_code, to_metadata, torch_dtype
 from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, OBJECT
-from support.checkpoints import make_checkpoint, many_items
-from torch.distributed.checkpoint.metadata import StorageMeta
 
 
 def test_the_objects_are_those_that_stock_reads():

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.metadata_pickle import DCP_VERSION, encode_metadata
-from ckptd.staging.dtypes import OBJECT, by_code
 from support.checkpoints import make_checkpoint, many_items, write_checkpoint
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
@@ -25,6 +22,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.metadata_pickle import DCP_VERSION, encode_metadata
+from ckptd.staging.dtypes import OBJECT, by_code
 
 
 def by_hand(index: Index, checkpoint_id: object, save_id: str) -> Metadata:

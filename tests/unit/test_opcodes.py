@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from ckptd.checkpoint.opcodes import Memo, get_each, push_each, push_int, push_text, rows, split
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.checkpoints import make_checkpoint, write_checkpoint
+
 from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.open import read_index
 from ckptd.protocol.errors import BadIndex, SystemCallFailed, UnknownCheckpoint
-from support.checkpoints import make_checkpoint, write_checkpoint
 
 
 def test_our_index_comes_first(tmp_path):

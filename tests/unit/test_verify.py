@@ -9,12 +9,13 @@ import os
 import numpy as np
 import pytest
 import xxhash
+from support.checkpoints import FILES, many_items, write_checkpoint
+
 from ckptd.checkpoint import verify
 from ckptd.checkpoint.index import encode_index
 from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, UnknownCheckpoint, WrongBits
-from support.checkpoints import FILES, many_items, write_checkpoint
 
 
 def facts(report):
