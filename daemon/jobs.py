@@ -1,87 +1,21 @@
-"""One job on this node: turns the actions of the save rules into messages and tasks for workers.
+"""One job on this node: its ranks over the incarnations, its workers, its files, and its saves.
 
-Invariants: every generation ends and is announced to all live ranks alike; commits happen in the order of the saves; a
-sealed generation goes on whatever becomes of its ranks.
+Invariant: whatever a rank had sealed when its session ended is taken up before the rank is given up.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import secrets
-import time
-from collections import deque
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Final, Protocol, cast
 
-from ckptd import __version__
-from ckptd.checkpoint.names import image_name, is_canonical
-from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, Seal
 from ckptd.daemon.jobfiles import JobFiles
-from ckptd.daemon.metrics import Metrics
+from ckptd.daemon.saves import JobContext, Saves
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
-from ckptd.protocol import save as rules
-from ckptd.protocol.errors import (
-    BadMessage,
-    CkptdError,
-    DeadlineExceeded,
-    ErrorReport,
-    RankLost,
-    SaveSkipped,
-    SessionClosed,
-    ShuttingDown,
-    UnexpectedError,
-    for_rank,
-    from_report,
-)
-from ckptd.protocol.messages import (
-    Aborted,
-    Assigned,
-    Attach,
-    CommitDone,
-    CommitTask,
-    Committed,
-    DaemonMessage,
-    DiscardTask,
-    Fenced,
-    GaveUp,
-    PlanDone,
-    PlanTask,
-    Progress,
-    Propose,
-    Sealed,
-    SlotFreed,
-    WriteDone,
-    WriteTask,
-)
+from ckptd.protocol.errors import BadMessage, SessionClosed
+from ckptd.protocol.messages import Attach, Fenced
 from ckptd.protocol.session import Roster
-from ckptd.staging.arena import SlotState
 
 logger = logging.getLogger(__name__)
-
-_HISTORY: Final = 32
-# A rank that lags may speak of a save that has ended; more than a few saves behind, its slots would be busy.
-_VERDICTS: Final = 256
-
-
-class Send(Protocol):
-    """How a job speaks to its ranks."""
-
-    def __call__(self, session: Session, message: DaemonMessage) -> None:
-        """Send ``message``; a session that is gone is no error."""
-
-
-@dataclass(frozen=True)
-class JobContext:
-    """What all jobs of a daemon share. ``root``: the daemon's directory on tmpfs."""
-
-    config: Config
-    metrics: Metrics
-    send: Send
-    root: str
 
 
 class Job:
@@ -90,62 +24,48 @@ class Job:
     Args:
         name: The job's name.
         uid: The user's id.
-        identity: Whom its workers run as.
+        identity: Whom its workers run as; None is the daemon's own user.
         context: What it shares with the other jobs.
     """
 
     def __init__(self, name: str, uid: int, *, identity: Identity | None, context: JobContext) -> None:
         self.name, self.uid = name, uid
-        self._identity, self._config, self._root = identity, context.config, context.root
-        self._metrics, self._send = context.metrics, context.send
+        self._identity, self._context = identity, context
         self.roster = Roster(name)
         self.sessions: dict[int, Session] = {}
-        self.generations: dict[tuple[int, int], Generation] = {}
-        self.history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self.progress_timeout_s = context.config.progress_timeout_s
         self.pool: WorkerPool | None = None
         self.files = JobFiles(context.root, identity)
-        self._verdicts: dict[tuple[int, int], ErrorReport | None] = {}
+        self.saves = Saves(self, context)
         self._retired: list[Session] = []  # ended sessions whose slots are still being written
-        self._plan: CurrentPlan | None = None
-        self._plan_committed = False
-        self._plans_made = 0
-        self._stopping = False
-
-    # --- sessions ------------------------------------------------------------------------------------------------
 
     def attach(self, session: Session, request: Attach) -> None:
         """Seat a session; older ones of the job may be fenced by it. Raises RankTaken or RankMismatch."""
         before = self.roster.incarnation
-        fenced = self.roster.join(
-            request.rank, world_size=request.world_size, launch=request.launch, pid=session.peer.pid
-        )
+        self.roster.join(request.rank, world_size=request.world_size, launch=request.launch, pid=session.peer.pid)
         session.incarnation = self.roster.incarnation
         if self.roster.incarnation != before:
-            self._begin_incarnation(request)
-        for rank in fenced:
-            logger.info("job %s: incarnation %d fences rank %d", self.name, self.roster.incarnation, rank)
+            self._begin_incarnation()
         self.sessions[request.rank] = session
         if request.progress_timeout_s:
-            self.progress_timeout_s = min(request.progress_timeout_s, self._config.progress_timeout_s)
+            self.progress_timeout_s = min(request.progress_timeout_s, self._context.config.progress_timeout_s)
         self._open_pool()
 
-    def _begin_incarnation(self, request: Attach) -> None:
+    def _begin_incarnation(self) -> None:
         error = SessionClosed(f"incarnation {self.roster.incarnation} of job {self.name!r} took over")
         for old in list(self.sessions.values()):
+            logger.info("job %s: incarnation %d fences rank %d", self.name, self.roster.incarnation, old.rank)
             self._harvest(old)
-            self._send(old, Fenced(error.report()))
+            self._context.send(old, Fenced(error.report()))
             self._retire(old)
         self.sessions.clear()
-        self._plan, self._plan_committed = None, False
-        self.progress_timeout_s = self._config.progress_timeout_s
-        for generation in list(self.generations.values()):
-            if generation.rules.unsealed():
-                self._apply(generation, rules.Broke(error))
+        self.saves.forget_plan()
+        self.saves.fail_incomplete(error)
+        self.progress_timeout_s = self._context.config.progress_timeout_s
 
     def _open_pool(self) -> None:
         if self.pool is None:
-            config = self._config
+            config = self._context.config
             settings = WorkerSettings(
                 count=min(self.roster.world_size, config.workers_per_job),
                 nice=config.worker_nice,
@@ -153,7 +73,7 @@ class Job:
                 silence_s=self.progress_timeout_s,
                 identity=self._identity,
             )
-            self.pool = WorkerPool(settings, on_restart=self._metrics.worker_restarted)
+            self.pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
             self.pool.start()
 
     def lose(self, session: Session, reason: str) -> None:
@@ -161,56 +81,58 @@ class Job:
         if not session.live:
             return
         self._harvest(session)
-        session.live = False
         if self.sessions.get(session.rank) is session:
             del self.sessions[session.rank]
         self.roster.leave(session.rank, incarnation=session.incarnation)
-        fell = rules.RankFell(session.rank, RankLost(session.rank, session.peer.pid, reason))
-        for generation in list(self.generations.values()):
-            if generation.incarnation == session.incarnation:
-                self._apply(generation, fell)
+        self.saves.rank_fell(session, reason)
         self._retire(session)
 
     def _harvest(self, session: Session) -> None:
         """Handle the seals that stand in a session's arenas, as if their messages had come; most have."""
         for seal in list(session.seals_left_behind()):
             try:
-                self.on_sealed(session, seal)
+                self.saves.on_sealed(session, seal)
             except BadMessage as error:
                 logger.warning("job %s: rank %d left %s", self.name, session.rank, error)
 
     def _retire(self, session: Session) -> None:
         session.live = False
         self._retired.append(session)
-        self._release_retired()
+        self.release_retired()
 
-    def _release_retired(self) -> None:
-        busy = {id(seal.arena) for g in self.generations.values() for seal in g.seals.values()}
+    def release_retired(self) -> None:
+        """Give up the arenas of ended sessions that no generation needs any more."""
         for session in list(self._retired):
-            for arena in list(session.arenas.values()):
-                if id(arena) not in busy:
-                    session.close_arena(arena.number)
+            self.release_arenas(session)
             if not session.arenas:
                 self._retired.remove(session)
 
-    def release_arenas_before(self, session: Session, newest: int) -> None:
-        """Give up a session's older arenas that no generation needs."""
-        busy = {id(seal.arena) for g in self.generations.values() for seal in g.seals.values()}
-        for number, arena in list(session.arenas.items()):
-            if number != newest and id(arena) not in busy:
-                session.close_arena(number)
+    def release_arenas(self, session: Session) -> None:
+        """Give up a session's arenas that no generation needs."""
+        busy = self.saves.busy_arenas
+        for number in [number for number in session.arenas if number not in busy]:
+            session.close_arena(number)
 
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and nothing is in flight."""
-        return not self.sessions and not self.generations
+        return not self.sessions and not self.saves.generations
+
+    def check_deadlines(self) -> None:
+        """Fail generations without news, and lose sessions that fell silent."""
+        self.saves.check_deadlines()
+        for session in list(self.sessions.values()):
+            if session.silent_s > self._context.config.session_timeout_s:
+                self._context.send(session, Fenced(SessionClosed("the daemon heard nothing of it").report()))
+                self.lose(session, f"was silent for {session.silent_s:.0f} s")
 
     async def close(self) -> None:
         """End the workers and remove the job's files."""
         pool, self.pool = self.pool, None
-        files, self.files = self.files, JobFiles(self._root, self._identity)
+        files, self.files = self.files, JobFiles(self._context.root, self._identity)
         sessions = [*self.sessions.values(), *self._retired]
-        self._retired, self._plan = [], None
+        self._retired = []
+        self.saves.forget_plan()
         for session in sessions:
             for number in list(session.arenas):
                 session.close_arena(number)
@@ -218,327 +140,15 @@ class Job:
             await pool.close()
         files.remove()
 
-    # --- messages ------------------------------------------------------------------------------------------------
-
-    def on_propose(self, session: Session, message: Propose) -> None:
-        """A rank holds items that no plan in force describes."""
-        generation = self._generation(session, message)
-        if generation is None:
-            return
-        generation.dry = message.dry
-        generation.proposals[session.rank] = message
-        self._apply(generation, rules.Proposed(session.rank, message.checkpoint_id, message.digest))
-
-    def on_sealed(self, session: Session, message: Sealed) -> None:
-        """A rank's image is complete. Raises BadMessage if the slot is not this session's."""
-        arena = session.check(message)
-        generation = self._generation(session, message)
-        if generation is None:
-            arena.set_state(message.slot, SlotState.FREE)
-            self._send(session, SlotFreed(message.arena, message.slot))
-            return
-        if session.rank in generation.seals:
-            return
-        generation.seals[session.rank] = Seal(message, arena)
-        self._metrics.observe_phase("stage", message.stage_s)
-        self._metrics.observe_phase("plan", message.plan_s)
-        self._metrics.observe_stall(message.stall_s)
-        self._metrics.staged(message.image_bytes)
-        event = rules.RankSealed(session.rank, message.checkpoint_id, message.digest, message.image_bytes)
-        self._apply(generation, event)
-
-    def on_gave_up(self, session: Session, message: GaveUp) -> None:
-        """A rank will not stage its part."""
-        generation = self._generation(session, message)
-        if generation is not None:
-            error = for_rank(session.rank, from_report(message.error))
-            self._apply(generation, rules.RankFell(session.rank, error))
-
-    def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
-        """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""
-        if not is_canonical(message.checkpoint_id):
-            raise BadMessage(f"checkpoint id {message.checkpoint_id!r}, which is no absolute path")
-        key = (session.incarnation, message.sequence)
-        if key in self._verdicts:
-            error = self._verdicts[key]
-            if error is not None:
-                self._send(session, Aborted(message.sequence, error, replan=True))
-            return None
-        generation = self.generations.get(key)
-        if generation is None and self._stopping:
-            self._send(session, Aborted(message.sequence, ShuttingDown().report(), replan=True))
-            return None
-        if generation is None:
-            plan = self._plan
-            known = () if plan is None else plan.digests
-            known_bytes = () if plan is None else plan.image_bytes
-            generation = Generation(
-                session.incarnation,
-                message.sequence,
-                f"{self.name_digest()}-{session.incarnation}-{message.sequence}-{secrets.token_hex(4)}",
-                rules.SaveRules(self.roster.world_size, known, known_bytes),
-                plan,
-            )
-            self.generations[key] = generation
-            self._fail_for_absent(generation)
-        return generation
-
-    def name_digest(self) -> str:
-        """Return a short form of the job's name that can stand in a file name."""
-        return "".join(c if c.isalnum() else "_" for c in self.name)[:24]
-
-    def _fail_for_absent(self, generation: Generation) -> None:
-        """A rank that has left takes part in no later save of its incarnation: say so at once."""
-        for rank, seat in self.roster.seats.items():
-            if not seat.live and generation.incarnation == self.roster.incarnation:
-                lost = RankLost(rank, seat.pid, "has left the job")
-                asyncio.get_running_loop().call_soon(self._apply, generation, rules.RankFell(rank, lost))
-
-    # --- actions -------------------------------------------------------------------------------------------------
-
-    def _apply(self, generation: Generation, event: rules.Event) -> None:
-        generation.note_news()
-        for action in generation.rules.handle(event):
-            match action:
-                case rules.MakePlan():
-                    self._begin(generation, self._make_plan(generation, action.fixed))
-                case rules.Assign():
-                    self._assign(generation, action.rank)
-                case rules.Write():
-                    self._begin(generation, self._write(generation, action.rank))
-                case rules.Commit():
-                    self._begin(generation, self._commit(generation))
-                case rules.AnnounceCommit():
-                    self._announce_commit(generation)
-                case rules.Abandon():
-                    self._abandon(generation, action)
-
-    def _begin(self, generation: Generation, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(self._guard(generation, work))
-        generation.work.add(task)
-        task.add_done_callback(generation.work.discard)
-
-    async def _guard(self, generation: Generation, work: Coroutine[object, object, None]) -> None:
-        """Run work for a generation: whatever happens to it, the generation ends."""
-        try:
-            await work
-        except CkptdError as error:
-            self._apply(generation, rules.Broke(error))
-        except Exception as bug:  # the bulkhead around one generation: a bug costs one save
-            logger.exception("bug in job %s, save %d", self.name, generation.sequence)
-            self._apply(generation, rules.Broke(UnexpectedError(f"internal error: {bug!r}; see the daemon's log")))
-
-    async def _make_plan(self, generation: Generation, fixed: frozenset[int]) -> None:
-        pool, base = self._pool(), generation.plan
-        ranks = range(self.roster.world_size)
-        proposals = [base.proposals[r] if r in fixed and base else generation.proposals[r].plan for r in ranks]
-        staged = [base.done.assigned[r] if r in fixed and base else None for r in ranks]
-        digests = tuple(base.digests[r] if r in fixed and base else generation.proposals[r].digest for r in ranks)
-        self._plans_made += 1
-        path = self.files.path(f"{self._plans_made}.plan")
-        done = cast(PlanDone, await pool.run(PlanTask(path, proposals, staged)))
-        plan = CurrentPlan(path, digests, tuple(proposals), done)
-        generation.plan = plan
-        if generation.incarnation == self.roster.incarnation:
-            self._plan, self._plan_committed = plan, False
-        self._apply(generation, rules.Planned(plan.digests, plan.image_bytes))
-        if generation.dry:
-            self._end(generation)
-
-    def _assign(self, generation: Generation, rank: int) -> None:
-        plan = generation.plan
-        session = self.sessions.get(rank)
-        if plan is not None and session is not None:
-            self._send(session, Assigned(generation.sequence, plan.digests[rank], plan.done.assigned[rank]))
-
-    async def _write(self, generation: Generation, rank: int) -> None:
-        """Have a rank's image written."""
-        seal = generation.seals[rank]
-        message, plan = seal.message, generation.plan
-        if plan is None:
-            raise UnexpectedError("a seal without a plan")
-        seal.arena.set_state(message.slot, SlotState.PERSISTING, generation.sequence)
-        task = WriteTask(
-            plan_path=plan.path,
-            rank=rank,
-            arena_path=seal.arena.path,
-            image_offset=4096 + message.slot * seal.arena.slot_bytes + message.control_bytes,
-            image_bytes=message.image_bytes,
-            object_bytes=message.object_bytes,
-            directory=generation.directory,
-            file=image_name(rank),
-            threads=self._config.write_threads,
-            chunk_bytes=self._config.write_chunk_bytes,
-        )
-        try:
-            reply = await self._pool().run(
-                task,
-                on_progress=lambda done: self._progress(generation, rank, done),
-                on_start=lambda waited: self._metrics.observe_phase("queue", waited),
-            )
-        except CkptdError as error:
-            self._apply(generation, rules.Broke(error, rank))
-            return
-        done = cast(WriteDone, reply)
-        generation.hashes[rank] = done.hashes
-        self._metrics.observe_phase("write", done.write_s)
-        self._metrics.observe_phase("fsync", done.fsync_s)
-        self._metrics.written(done.bytes_written)
-        self._progress(generation, rank, done.bytes_written)
-        self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
-
-    def _progress(self, generation: Generation, rank: int, bytes_done: int) -> None:
-        generation.bytes_done[rank] = bytes_done
-        generation.note_news()
-        news = Progress(generation.sequence, sum(generation.bytes_done.values()), generation.bytes_total)
-        self._tell(generation, news)
-
-    async def _commit(self, generation: Generation) -> None:
-        generation.waits_for_older = True
-        for older in list(self.generations.values()):
-            if older is not generation and older.begun_at_s < generation.begun_at_s:
-                await older.ended.wait()
-        generation.waits_for_older = False
-        generation.note_news()
-        begun = time.monotonic()
-        plan = generation.plan
-        if plan is None:
-            raise UnexpectedError("a commit without a plan")
-        ranks = range(generation.rules.world_size)
-        task = CommitTask(
-            plan_path=plan.path,
-            directory=generation.directory,
-            checkpoint_id=generation.rules.checkpoint_id,
-            save_id=generation.save_id,
-            hashes=[generation.hashes[rank] for rank in ranks],
-            object_bytes=[generation.seals[rank].message.object_bytes for rank in ranks],
-            overwrite=all(seal.message.overwrite for seal in generation.seals.values()),
-            header={
-                "version": __version__,
-                "job": self.name,
-                "incarnation": str(generation.incarnation),
-                "sequence": str(generation.sequence),
-                "save_id": generation.save_id,
-                "world_size": str(generation.rules.world_size),
-            },
-        )
-        done = cast(CommitDone, await self._pool().run(task))
-        self._metrics.observe_phase("commit", time.monotonic() - begun)
-        if plan is self._plan:
-            self._plan_committed = True
-        self._metrics.committed(done.bytes_total, generation.seconds, now=time.time())
-        self._apply(generation, rules.Published())
-
-    def _announce_commit(self, generation: Generation) -> None:
-        logger.info(
-            "committed %s (job %s, save %d): %d bytes in %.3f s",
-            generation.rules.checkpoint_id, self.name, generation.sequence,
-            generation.bytes_total, generation.seconds,
-        )  # fmt: skip
-        self._tell(generation, Committed(generation.sequence, generation.save_id))
-        self._end(generation)
-
-    def _abandon(self, generation: Generation, action: rules.Abandon) -> None:
-        logger.warning(
-            "failed %s (job %s, save %d): %s",
-            generation.rules.checkpoint_id, self.name, generation.sequence, action.error,
-        )  # fmt: skip
-        if isinstance(action.error, SaveSkipped):
-            self._metrics.skipped()
-        else:
-            self._metrics.failed(action.error)
-        replan = action.replan or not self._plan_committed
-        if replan and generation.incarnation == self.roster.incarnation:
-            self._plan, self._plan_committed = None, False  # a plan enters the cache only after a commit
-        self._tell(generation, Aborted(generation.sequence, action.error.report(), replan))
-        writers = [task for task in generation.work if task is not asyncio.current_task()]
-        cleaning = asyncio.create_task(self._clean_up(generation, writers))
-        generation.work.add(cleaning)
-
-    async def _clean_up(self, generation: Generation, writers: list[asyncio.Task[None]]) -> None:
-        """Once nobody writes any more, remove what was written and give the slots back."""
-        for task in writers:
-            task.cancel()  # what has begun is waited for all the same: two workers must not meet in one directory
-        await asyncio.gather(*writers, return_exceptions=True)
-        if generation.seals and self.pool is not None:
-            try:
-                await self.pool.run(DiscardTask(generation.directory))
-            except CkptdError as error:
-                logger.warning("could not remove %s: %s", generation.directory, error)
-        self._end(generation)
-
-    def _end(self, generation: Generation) -> None:
-        generation.ended_at_s = time.monotonic()
-        if not generation.dry:
-            self.history.append(generation.status())
-        self._free_slots(generation)
-        key = (generation.incarnation, generation.sequence)
-        self.generations.pop(key, None)
-        error = generation.rules.error
-        self._verdicts[key] = None if error is None else error.report()
-        while len(self._verdicts) > _VERDICTS:
-            del self._verdicts[next(iter(self._verdicts))]
-        generation.ended.set()
-        self._release_retired()
-
-    def _free_slots(self, generation: Generation) -> None:
-        for rank, seal in generation.seals.items():
-            seal.arena.set_state(seal.message.slot, SlotState.FREE)
-            session = self.sessions.get(rank)
-            if session is not None and seal.arena.number in session.arenas:
-                self._send(session, SlotFreed(seal.message.arena, seal.message.slot))
-
-    def _tell(self, generation: Generation, message: DaemonMessage) -> None:
-        for session in self.sessions.values():
-            if session.incarnation == generation.incarnation:
-                self._send(session, message)
-
-    def _pool(self) -> WorkerPool:
-        if self.pool is None:
-            raise ShuttingDown
-        return self.pool
-
-    # --- deadlines and status ------------------------------------------------------------------------------------
-
-    def check_deadlines(self) -> None:
-        """Fail generations without news, and lose sessions that fell silent."""
-        now = time.monotonic()
-        for generation in list(self.generations.values()):
-            silent_s = now - generation.news_at_s
-            if silent_s > self.progress_timeout_s and not generation.waits_for_older:
-                error = DeadlineExceeded(generation.waiting_for(), silent_s)
-                self._apply(generation, rules.Broke(error))
-        for session in list(self.sessions.values()):
-            if session.silent_s > self._config.session_timeout_s:
-                self._send(session, Fenced(SessionClosed("the daemon heard nothing of it").report()))
-                self.lose(session, f"was silent for {session.silent_s:.0f} s")
-
-    def stop_collecting(self) -> None:
-        """Fail every generation that is not sealed by all ranks, and take no new one: the daemon is stopping."""
-        self._stopping = True
-        for generation in list(self.generations.values()):
-            if generation.rules.unsealed():
-                self._apply(generation, rules.Broke(ShuttingDown()))
-
     def status(self) -> dict[str, object]:
         """Return what `/status` tells of the job."""
         sessions = sorted(self.sessions.values(), key=lambda session: session.rank)
-        running = [g.status() for g in self.generations.values() if not g.dry and g.ended_at_s is None]
         return {
             "job": self.name,
             "incarnation": self.roster.incarnation,
             "uid": self.uid,
             "world_size": self.roster.world_size,
             "workers": [] if self.pool is None else self.pool.pids,
-            "sessions": [
-                {
-                    "rank": session.rank,
-                    "pid": session.peer.pid,
-                    "slots": session.slots(),
-                    "slot_bytes": max((arena.slot_bytes for arena in session.arenas.values()), default=0),
-                    "silent_s": session.silent_s,
-                }
-                for session in sessions
-            ],
-            "generations": [*self.history, *running],
+            "sessions": [session.status() for session in sessions],
+            "generations": self.saves.status(),
         }

@@ -21,9 +21,10 @@ from ckptd import __version__
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.http import HttpServer, start_http
-from ckptd.daemon.jobs import Job, JobContext
+from ckptd.daemon.jobs import Job
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.router import Router
+from ckptd.daemon.saves import JobContext
 from ckptd.daemon.sessions import ArenaFile, Peer, Session
 from ckptd.daemon.supervisor import Identity
 from ckptd.protocol import errors
@@ -152,8 +153,8 @@ class Daemon:
         self._stopping = True
         logger.info("stopping: finishing what is sealed")
         for job in self._jobs.values():
-            job.stop_collecting()
-        pending = [g.ended.wait() for job in self._jobs.values() for g in job.generations.values()]
+            job.saves.stop_collecting()
+        pending = [g.ended.wait() for job in self._jobs.values() for g in job.saves.generations.values()]
         try:
             async with asyncio.timeout(self._config.stop_timeout_s):
                 await asyncio.gather(*pending)
@@ -236,7 +237,7 @@ class Daemon:
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
-        job.release_arenas_before(session, number)
+        job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
         descriptor = await asyncio.to_thread(
@@ -277,11 +278,11 @@ class Daemon:
             case Heartbeat():
                 self._send(session, Echo())
             case Propose():
-                job.on_propose(session, message)
+                job.saves.on_propose(session, message)
             case Sealed():
-                job.on_sealed(session, message)
+                job.saves.on_sealed(session, message)
             case GaveUp():
-                job.on_gave_up(session, message)
+                job.saves.on_gave_up(session, message)
             case Detach():
                 self.lose(session, "left")
 

@@ -94,13 +94,20 @@ class Session:
                 if isinstance(seal, Sealed) and (seal.arena, seal.slot) == (arena.number, slot):
                     yield seal
 
-    def slots(self) -> list[dict[str, object]]:
-        """Return state and sequence of each slot, for the status."""
-        return [
-            {"state": state.name.lower(), "sequence": sequence}
-            for arena in self.arenas.values()
-            for state, sequence in arena.states()
-        ]
+    def status(self) -> dict[str, object]:
+        """Return what `/status` tells of the session."""
+        arenas = list(self.arenas.values())
+        return {
+            "rank": self.rank,
+            "pid": self.peer.pid,
+            "slots": [
+                {"state": state.name.lower(), "sequence": sequence}
+                for arena in arenas
+                for state, sequence in arena.states()
+            ],
+            "slot_bytes": max((arena.slot_bytes for arena in arenas), default=0),
+            "silent_s": self.silent_s,
+        }
 
     def close_arena(self, number: int) -> None:
         """Give up an arena: its pages go when the last process that maps it goes."""

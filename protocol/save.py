@@ -155,6 +155,7 @@ class SaveRules:
     written: set[int] = field(default_factory=set)
     _proposed: dict[int, str] = field(default_factory=dict)
     _planning: bool = False
+    _planned: bool = False
 
     @property
     def decided(self) -> bool:
@@ -186,8 +187,7 @@ class SaveRules:
             case ImageWritten():
                 return self._on_written(event)
             case Published():
-                self.state = State.COMMITTED
-                return [AnnounceCommit()]
+                return self._on_published()
             case Broke():
                 error = event.error if event.rank is None else for_rank(event.rank, event.error)
                 return self._abandon(error)
@@ -209,7 +209,8 @@ class SaveRules:
     def _on_sealed(self, event: RankSealed) -> list[Action]:
         if event.rank in self.sealed:
             return []  # the same seal, heard twice: by message and by the slot's control area
-        if not self.known or self.known[event.rank] != event.digest:
+        outdated = event.rank in self._proposed and not self._planned  # it waits for a plan: this is not that plan
+        if outdated or not self.known or self.known[event.rank] != event.digest:
             reason = f"rank {event.rank} staged under a plan that is no longer in force; save again"
             return self._abandon(BadPlan(event.checkpoint_id, reason))
         if event.image_bytes != self.known_bytes[event.rank]:
@@ -228,10 +229,15 @@ class SaveRules:
         return [MakePlan(frozenset(self.sealed))]
 
     def _on_planned(self, event: Planned) -> list[Action]:
+        if not self._planning or self._planned:
+            return []  # nobody asked, or said already
+        self._planned = True
         self.known, self.known_bytes = event.digests, event.image_bytes
         return [Assign(rank) for rank in sorted(self._proposed)]
 
     def _on_written(self, event: ImageWritten) -> list[Action]:
+        if event.rank not in self.sealed or self.state is State.COMMITTING:
+            return []  # of no image that we have, or said already
         planned = self.known_bytes[event.rank]
         if event.bytes_written != planned:
             return self._abandon(WriteIncomplete(event.rank, planned, event.bytes_written))
@@ -240,6 +246,12 @@ class SaveRules:
             return []
         self.state = State.COMMITTING
         return [Commit()]
+
+    def _on_published(self) -> list[Action]:
+        if self.state is not State.COMMITTING:
+            return []  # nobody asked
+        self.state = State.COMMITTED
+        return [AnnounceCommit()]
 
     def _abandon(self, error: CkptdError) -> list[Action]:
         self.state, self.error = State.FAILED, error
