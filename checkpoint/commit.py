@@ -12,7 +12,9 @@ import os
 import shutil
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
+from ckptd.checkpoint.frame import METADATA_HASH, frame_header
 from ckptd.checkpoint.index import Index, encode_index
 from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, is_checkpoint_file
@@ -49,9 +51,12 @@ def complete_index(plan: StoredPlan, task: CommitTask) -> Index:
         true_bytes = rows.true_bytes(lengths)[objects]
         data_bytes[rows.index_rows[objects]] = true_bytes
         record_bytes[rows.index_rows[objects]] = true_bytes
-    return dataclasses.replace(
-        index, header=task.header, item_hash=hashes, data_bytes=data_bytes, record_bytes=record_bytes
-    )
+    return dataclasses.replace(index, item_hash=hashes, data_bytes=data_bytes, record_bytes=record_bytes)
+
+
+def _with_header(index: Index, task: CommitTask, metadata: bytes) -> Index:
+    header = {**task.header, **frame_header(task.frame_hashes), METADATA_HASH: f"{xxh3_64_intdigest(metadata):016x}"}
+    return dataclasses.replace(index, header=header)
 
 
 def commit(plan: StoredPlan, task: CommitTask) -> int:
@@ -64,8 +69,8 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
         SystemCallFailed: A call failed; the id still shows what it showed before.
     """
     index = complete_index(plan, task)
-    encoded = encode_index(index)
     metadata = encode_metadata(index, checkpoint_id=task.checkpoint_id, save_id=task.save_id)
+    encoded = encode_index(_with_header(index, task, metadata))
     write_file(os.path.join(task.directory, INDEX_NAME), encoded)
     write_file(os.path.join(task.directory, METADATA_NAME), metadata)
     sync_directory(task.directory)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
 from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.frame import METADATA_HASH
 from ckptd.checkpoint.index import decode_index
 from ckptd.checkpoint.metadata_unpickle import decode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
 from ckptd.checkpoint.system import named
-from ckptd.protocol.errors import UnknownCheckpoint
+from ckptd.protocol.errors import CkptdError, UnknownCheckpoint
 
 
 def read_index(path: str) -> Index:
@@ -19,7 +23,8 @@ def read_index(path: str) -> Index:
         path: The directory.
 
     Returns:
-        What ``.ckptd`` says; without such a file, what stock's ``.metadata`` says.
+        What ``.ckptd`` says; what stock's ``.metadata`` says where there is no such file, or an older one that stock
+        has saved over.
 
     Raises:
         UnknownCheckpoint: There is neither; check the checkpoint id.
@@ -27,12 +32,35 @@ def read_index(path: str) -> Index:
         Unsupported: A stock checkpoint whose files were transformed; load it with torch.
         SystemCallFailed: It is there but the system does not let us read it.
     """
-    for name, decode in ((INDEX_NAME, decode_index), (METADATA_NAME, decode_metadata)):
-        file = f"{path}/{name}"
-        data = _read(file)
-        if data is not None:
-            return decode(data, file)
-    raise UnknownCheckpoint(path)
+    ours, stock = f"{path}/{INDEX_NAME}", f"{path}/{METADATA_NAME}"
+    data = _read(ours)
+    metadata = _read(stock)
+    if data is None and metadata is None:
+        raise UnknownCheckpoint(path)
+    if data is None:
+        return decode_metadata(metadata or b"", stock)
+    index = decode_index(data, ours)
+    if metadata is not None and not is_metadata_of(index, metadata) and _is_another_save(index, metadata, stock):
+        return decode_metadata(metadata, stock)
+    return index
+
+
+def is_metadata_of(index: Index, metadata: bytes) -> bool:
+    """Return whether the bytes of ``.metadata`` are those that were written with this index."""
+    return index.header.get(METADATA_HASH) == f"{xxh3_64_intdigest(metadata):016x}"
+
+
+def _is_another_save(index: Index, metadata: bytes, path: str) -> bool:
+    """Return whether stock has saved over our checkpoint, which leaves our index behind; or else bits have turned."""
+    try:
+        found = decode_metadata(metadata, path)
+    except CkptdError:
+        return False  # damaged: our own index has its own hash and stands
+    # One wrong bit changes the name of the save or a place, never both; another save has another of each.
+    same_places = found.names == index.names and np.array_equal(
+        np.sort(found.record_offset), np.sort(index.record_offset)
+    )
+    return found.header.get("save_id") != index.header.get("save_id") and not same_places
 
 
 def _read(path: str) -> bytes | None:

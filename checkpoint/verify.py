@@ -19,7 +19,9 @@ import numpy as np
 import xxhash
 
 from ckptd.checkpoint.columns import Index, Int64
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
+from ckptd.checkpoint.names import METADATA_NAME
+from ckptd.checkpoint.open import is_metadata_of, read_index
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
@@ -82,6 +84,7 @@ def verify_checkpoint(
                 done_bytes += read_bytes
                 if progress is not None:
                     progress(done_bytes, payload_bytes)
+        faults += _check_frames(index, path) + _check_metadata(index, path)
     if progress is not None and done_bytes < payload_bytes:
         progress(payload_bytes, payload_bytes)
     return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults))
@@ -104,6 +107,43 @@ def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
             faults.append(TruncatedFile(file, int(wanted_bytes[row]), size))
         found_bytes[row] = size
     return faults, np.flatnonzero(record_ends <= found_bytes[index.item_file])
+
+
+def _check_frames(index: Index, path: str) -> list[CkptdError]:
+    """Return what is wrong with the bytes around the payloads: record headers, tails and padding."""
+    faults: list[CkptdError] = []
+    for row, expected in enumerate(frame_hashes(index)):
+        file = f"{path}/{index.files[row]}"
+        size = _file_bytes(file)
+        if isinstance(size, CkptdError):
+            continue  # said already
+        mine = np.flatnonzero(index.item_file == row)
+        ranges = frame_ranges(index.data_offset[mine], index.data_bytes[mine], size)
+        descriptor = named("open", file, partial(os.open, file, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            if frame_hash(ranges, partial(_read_range, descriptor, file)) != expected:
+                faults.append(WrongBits(file, "(record headers and padding)", 0))
+        except CkptdError as error:
+            faults.append(error)
+        finally:
+            os.close(descriptor)
+    return faults
+
+
+def _read_range(descriptor: int, file: str, begin: int, end: int) -> bytes:
+    return named("pread", file, lambda: os.pread(descriptor, end - begin, begin))
+
+
+def _check_metadata(index: Index, path: str) -> list[CkptdError]:
+    """Return what is wrong with stock's ``.metadata``, by which torch itself would load."""
+    file = f"{path}/{METADATA_NAME}"
+    if METADATA_HASH not in index.header:
+        return []
+    try:
+        metadata = named("read", file, Path(file).read_bytes)
+    except SystemCallFailed as error:
+        return [error if os.path.lexists(file) else MissingFile(file)]
+    return [] if is_metadata_of(index, metadata) else [WrongBits(file, "(stock metadata)", 0)]
 
 
 def _file_bytes(file: str) -> int | CkptdError:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
 from ckptd.checkpoint.system import named, preallocate
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
@@ -31,6 +32,7 @@ class Written:
     Attributes:
         bytes_written: Size of the file in bytes.
         hashes: ``[K]`` xxh3-64 of each item's bytes, in image order.
+        frame_hash: xxh3-64 of all other bytes; see :mod:`ckptd.checkpoint.frame`.
         write_s: Seconds spent writing and hashing.
         fsync_s: Seconds spent in fsync.
         direct: Whether the page cache was passed by.
@@ -38,9 +40,19 @@ class Written:
 
     bytes_written: int
     hashes: NDArray[np.uint64]
+    frame_hash: int
     write_s: float
     fsync_s: float
     direct: bool
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """The items' bytes in an image, by offset. ``indexed``: which of them the index will name."""
+
+    offsets: Int64
+    lengths: Int64
+    indexed: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Pace:
 def write_image(
     path: str,
     image: memoryview,
-    items: tuple[Int64, Int64],
+    items: Payloads,
     *,
     pace: Pace,
     on_progress: Callable[[int], None],
@@ -64,7 +76,7 @@ def write_image(
     Args:
         path: File to write; an old one of a try that died is overwritten.
         image: The bytes; length and address are multiples of 4096.
-        items: Offset and length of each item's bytes in the image, to be hashed.
+        items: Where the items' bytes lie in the image.
         pace: Threads and chunk size.
         on_progress: Called with the number of bytes written so far, from any thread.
 
@@ -82,12 +94,14 @@ def write_image(
         with ThreadPoolExecutor(pace.threads, thread_name_prefix="ckptd-write") as pool:
             for done in [pool.submit(writing.run) for _ in range(pace.threads)]:
                 done.result()  # the first failure is raised; the others stop at their next chunk
+        ranges = frame_ranges(items.offsets[items.indexed], items.lengths[items.indexed], image.nbytes)
+        frame = frame_hash(ranges, lambda begin, end: image[begin:end])
         written = time.perf_counter()
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
     finally:
         os.close(descriptor)
-    return Written(image.nbytes, writing.hashes, written - begun, synced - written, writing.direct)
+    return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
 
 def _check_room(directory: str, wanted_bytes: int) -> None:
@@ -115,15 +129,15 @@ class _Writing:
         path: str,
         descriptor: int,
         image: memoryview,
-        items: tuple[Int64, Int64],
+        items: Payloads,
         chunk_bytes: int,
         on_progress: Callable[[int], None],
     ) -> None:
         self.path, self.descriptor, self.image = path, descriptor, image
-        self.hashes = np.zeros(len(items[0]), np.uint64)
+        self.hashes = np.zeros(len(items.offsets), np.uint64)
         self.direct = True
-        self._offsets, self._lengths = items[0].tolist(), items[1].tolist()
-        self._chunks = self._plan_chunks(items[0], chunk_bytes)
+        self._offsets, self._lengths = items.offsets.tolist(), items.lengths.tolist()
+        self._chunks = self._plan_chunks(items.offsets, chunk_bytes)
         self._on_progress = on_progress
         self._lock = threading.Lock()
         self._done_bytes = 0

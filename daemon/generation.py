@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.daemon.sessions import ArenaFile
-from ckptd.protocol.messages import PlanDone, Propose, Sealed
+from ckptd.protocol.messages import PlanDone, Propose, Sealed, WriteDone
 from ckptd.protocol.save import SaveRules
 
 
@@ -47,7 +47,7 @@ class Generation:
     dry: bool = False  # only a plan is wanted, ahead of the first save
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
-    hashes: dict[int, bytes] = field(default_factory=dict)
+    written: dict[int, WriteDone] = field(default_factory=dict)
     bytes_done: dict[int, int] = field(default_factory=dict)
     begun_at_s: float = field(default_factory=time.monotonic)
     begun_unix_s: float = field(default_factory=time.time)

@@ -313,7 +313,7 @@ class Saves:
             self._apply(generation, rules.Broke(error, rank))
             return
         done = cast(WriteDone, reply)
-        generation.hashes[rank] = done.hashes
+        generation.written[rank] = done
         self._metrics.observe_phase("write", done.write_s)
         self._metrics.observe_phase("fsync", done.fsync_s)
         self._metrics.written(done.bytes_written)
@@ -343,7 +343,8 @@ class Saves:
             directory=generation.directory,
             checkpoint_id=generation.rules.checkpoint_id,
             save_id=generation.save_id,
-            hashes=[generation.hashes[rank] for rank in ranks],
+            hashes=[generation.written[rank].hashes for rank in ranks],
+            frame_hashes=[generation.written[rank].frame_hash for rank in ranks],
             object_bytes=[generation.seals[rank].message.object_bytes for rank in ranks],
             overwrite=all(seal.message.overwrite for seal in generation.seals.values()),
             header={

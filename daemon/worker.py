@@ -24,7 +24,7 @@ from ckptd.checkpoint.commit import commit, discard, prepare_directory
 from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
-from ckptd.checkpoint.write import Pace, write_image
+from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
 from ckptd.protocol.messages import (
@@ -148,12 +148,14 @@ class Worker:
         written = write_image(
             os.path.join(task.directory, task.file),
             image,
-            (rows.data_offset, lengths),
+            Payloads(rows.data_offset, lengths, rows.index_rows >= 0),
             pace=Pace(task.threads, task.chunk_bytes),
             on_progress=self._progress,
         )
         hashes = written.hashes.astype("<u8").tobytes()
-        return WriteDone(written.bytes_written, hashes, written.write_s, written.fsync_s, written.direct)
+        return WriteDone(
+            written.bytes_written, hashes, written.frame_hash, written.write_s, written.fsync_s, written.direct
+        )
 
     def _progress(self, bytes_done: int) -> None:
         now = time.monotonic()

@@ -233,6 +233,7 @@ class WriteDone(Message, frozen=True, tag="write_done"):
 
     bytes_written: NBytes
     hashes: bytes
+    frame_hash: int  # xxh3-64 of all bytes that are no indexed item's payload
     write_s: Seconds
     fsync_s: Seconds
     direct: bool
@@ -246,6 +247,7 @@ class CommitTask(Message, frozen=True, tag="commit_task"):
     checkpoint_id: Name
     save_id: Name
     hashes: list[bytes]
+    frame_hashes: list[int]
     object_bytes: list[bytes]
     overwrite: bool
     header: dict[str, str]
