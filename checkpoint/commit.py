@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.frame import METADATA_HASH, frame_header
@@ -71,10 +73,15 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
     index = complete_index(plan, task)
     metadata = encode_metadata(index, checkpoint_id=task.checkpoint_id, save_id=task.save_id)
     encoded = encode_index(_with_header(index, task, metadata))
-    write_file(os.path.join(task.directory, INDEX_NAME), encoded)
-    write_file(os.path.join(task.directory, METADATA_NAME), metadata)
-    sync_directory(task.directory)
-    publish(task.directory, task.checkpoint_id, overwrite=task.overwrite)
+    # A worker before us may have died after the rename: what has the hidden name is then the old checkpoint.
+    if _save_id_of(task.checkpoint_id) != task.save_id:
+        write_file(os.path.join(task.directory, INDEX_NAME), encoded)
+        write_file(os.path.join(task.directory, METADATA_NAME), metadata)
+        sync_directory(task.directory)
+        publish(task.directory, task.checkpoint_id, overwrite=task.overwrite)
+    else:
+        sync_directory(os.path.dirname(task.checkpoint_id))
+    _clear_away(task.directory, task.checkpoint_id)
     images = sum(os.stat(os.path.join(task.checkpoint_id, name)).st_size for name in set(index.files))
     return images + len(encoded) + len(metadata)
 
@@ -102,15 +109,28 @@ def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
         return
     if not os.path.isdir(checkpoint_id) or os.path.islink(checkpoint_id):
         raise SystemCallFailed("rename", checkpoint_id, errno.ENOTDIR)
-    old = directory
     _keep_foreign(checkpoint_id, directory)
     if not rename_exchange(directory, checkpoint_id):
-        old = f"{directory}.old"
-        named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, old))
+        named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, f"{directory}.old"))
         named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
-    sync_directory(os.path.dirname(checkpoint_id))
-    _move_late_foreign(old, checkpoint_id)
-    discard(old)
+
+
+def _save_id_of(checkpoint_id: str) -> str | None:
+    """Return the name of the save that is published under an id, or None if it is none of ours."""
+    try:
+        with safe_open(os.path.join(checkpoint_id, INDEX_NAME), framework="numpy") as index:
+            header = json.loads((index.metadata() or {}).get("header", "{}"))
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return header.get("save_id") if isinstance(header, dict) else None
+
+
+def _clear_away(directory: str, checkpoint_id: str) -> None:
+    """Remove the old checkpoint, which got the hidden name in exchange, or ``.old`` where names cannot be exchanged."""
+    for old in (directory, f"{directory}.old"):
+        if os.path.isdir(old):
+            _move_late_foreign(old, checkpoint_id)
+            discard(old)
 
 
 def _keep_foreign(old: str, new: str) -> None:

@@ -21,6 +21,10 @@ UInt8 = NDArray[np.uint8]
 # A 1,000-dimensional tensor does not exist (torch stops at 64); a column that claims one is not ours.
 MAX_DIMENSIONS: Final = 64
 
+# Planner settings: who writes an item that several ranks hold.
+BALANCED: Final = "replicas=balanced"
+LOWEST_RANK: Final = "replicas=lowest"
+
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """The encoded form of :class:`LocalPlan`."""

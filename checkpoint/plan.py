@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.checkpoint.index import Index
-from ckptd.checkpoint.items import Int64, LocalPlan
+from ckptd.checkpoint.items import LOWEST_RANK, Int64, LocalPlan
 from ckptd.checkpoint.layout import Layout, make_layout
 from ckptd.checkpoint.names import image_name
 from ckptd.checkpoint.tiling import check_tiling
@@ -81,7 +81,8 @@ def make_plan(plans: list[LocalPlan], fixed: list[Int64 | None] | None = None) -
     fixed = fixed or [None] * len(plans)
     names = _merge_names(plans)
     items = _gather(plans, fixed, names)
-    winners = _choose(items, names, len(plans))
+    lowest = any(LOWEST_RANK in plan.settings for plan in plans)
+    winners = _choose(items, names, len(plans), lowest=lowest)
     chunks = (items.name[winners], items.offsets[winners], items.sizes[winners])
     check_tiling(names.names, names.shape, names.ndim, chunks)
     assigned: list[Int64] = []
@@ -172,7 +173,7 @@ def _gather(plans: list[LocalPlan], fixed: list[Int64 | None], names: _Names) ->
     return _Items(*(np.concatenate(c) for c in (rank, local, name, offsets, sizes, nbytes, staged, lost)))
 
 
-def _choose(items: _Items, names: _Names, world_size: int) -> Int64:
+def _choose(items: _Items, names: _Names, world_size: int, *, lowest: bool) -> Int64:
     """Return the positions of the items that make up the checkpoint: one of each group of replicas."""
     key = np.concatenate([items.name[:, None], items.offsets], axis=1)
     _, group = np.unique(key, axis=0, return_inverse=True)
@@ -194,7 +195,7 @@ def _choose(items: _Items, names: _Names, world_size: int) -> Int64:
         ready = members[items.staged[members]]
         candidates = ready if len(ready) else members[~items.lost[members]]
         _check_staged(items, names, members[:1] if not len(candidates) else candidates[:1])
-        best = min(candidates.tolist(), key=lambda item: load[rank[item]])
+        best = min(candidates.tolist(), key=lambda item: (0 if lowest else load[rank[item]], rank[item]))
         load[rank[best]] += nbytes[best]
         picked.append(best)
     winners.append(np.array(picked, dtype=np.int64))

@@ -18,6 +18,7 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
+from ckptd.checkpoint.pagecache import PageCacheProbe
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
 # One read call: large enough for an NVMe queue, small enough that four threads keep a node's memory.
@@ -41,6 +42,7 @@ class Read:
         item: Name of the item, for errors.
         expected_hash: xxh3-64 of the range; None if it cannot be verified.
         then: Called in a reader's thread when all bytes are there and verified.
+        missing_bytes: How many have not landed yet.
     """
 
     file: str
@@ -50,11 +52,11 @@ class Read:
     item: str
     expected_hash: int | None = None
     then: Callable[[], None] | None = None
-    _missing_bytes: int = field(default=0, repr=False)
+    missing_bytes: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         """Nothing has landed yet."""
-        self._missing_bytes = self.nbytes
+        self.missing_bytes = self.nbytes
 
 
 @dataclass(frozen=True)
@@ -142,22 +144,31 @@ def _merge(reads: list[Read]) -> list[_Request]:
     return requests
 
 
+@dataclass(frozen=True)
+class _File:
+    """One open file: through the page cache, and past it where that is possible."""
+
+    buffered: int
+    direct: int | None
+    probe: PageCacheProbe
+
+
 class _Files:
-    """The files of a load, each opened twice: through the page cache, and past it where that is possible."""
+    """The files of a load."""
 
     def __init__(self, requests: list[_Request]) -> None:
-        self._descriptors: dict[str, tuple[int, int | None]] = {}
+        self._files: dict[str, _File] = {}
         needed: dict[str, int] = {}
         for request in requests:
             needed[request.file] = max(needed.get(request.file, 0), request.end)
         try:
             for path, nbytes in needed.items():
-                self._descriptors[path] = self._open(path, nbytes)
+                self._files[path] = self._open(path, nbytes)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: str, needed_bytes: int) -> tuple[int, int | None]:
+    def _open(self, path: str, needed_bytes: int) -> _File:
         try:
             buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -168,13 +179,14 @@ class _Files:
         if size < needed_bytes:
             os.close(buffered)
             raise TruncatedFile(path, needed_bytes, size)
+        probe = PageCacheProbe(buffered, size)
         try:
-            return buffered, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            return _File(buffered, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), probe)
         except OSError:
-            return buffered, None  # tmpfs, some overlays and network file systems have no O_DIRECT
+            return _File(buffered, None, probe)  # tmpfs, some overlays and network file systems have no O_DIRECT
 
-    def __getitem__(self, path: str) -> tuple[int, int | None]:
-        return self._descriptors[path]
+    def __getitem__(self, path: str) -> _File:
+        return self._files[path]
 
     def __enter__(self) -> _Files:
         return self
@@ -184,11 +196,12 @@ class _Files:
 
     def close(self) -> None:
         """Close all descriptors."""
-        for descriptors in self._descriptors.values():
-            for descriptor in descriptors:
-                if descriptor is not None:
-                    os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.probe.close()
+            os.close(file.buffered)
+            if file.direct is not None:
+                os.close(file.direct)
+        self._files.clear()
 
 
 class _Reading:
@@ -215,53 +228,43 @@ class _Reading:
                 raise
 
     def _perform(self, request: _Request, bounce: memoryview) -> None:
-        buffered, direct = self._files[request.file]
-        if not self._straight(request, buffered, direct):
-            skip = self._into(bounce, request, buffered, direct)
+        file = self._files[request.file]
+        cached = file.direct is None or file.probe.is_cached(request.begin, request.end - request.begin)
+        if not _straight(request, file, cached=cached):
+            skip = _into(bounce, request, file, cached=cached)
             source = ctypes.addressof(ctypes.c_char.from_buffer(bounce)) + skip
             for piece in request.pieces:
                 ctypes.memmove(piece.address, source + piece.begin - request.begin, piece.nbytes)
         for piece in request.pieces:
             with self._lock:
-                piece.read._missing_bytes -= piece.nbytes
-                complete = piece.read._missing_bytes == 0
+                piece.read.missing_bytes -= piece.nbytes
+                complete = piece.read.missing_bytes == 0
             if complete:
                 _finish(piece.read)
 
-    def _straight(self, request: _Request, buffered: int, direct: int | None) -> bool:
-        """Read without a bounce where one target takes the whole request; return whether that was done."""
-        if len(request.pieces) != 1:
-            return False
-        target = _memory(request.pieces[0].address, request.pieces[0].nbytes)
-        if _read_cached(buffered, target, request.begin):
-            return True
-        address, nbytes = request.pieces[0].address, request.end - request.begin
-        aligned = address % _ADDRESS_ALIGNMENT_BYTES == request.begin % _BLOCK_BYTES == nbytes % _BLOCK_BYTES == 0
-        if direct is None or (aligned and _read_direct(direct, target, request.begin)):
-            if direct is None:
-                _read_buffered(buffered, target, request)
-            return True
-        return False
 
-    def _into(self, bounce: memoryview, request: _Request, buffered: int, direct: int | None) -> int:
-        """Read a request into the bounce buffer; return where in it the request begins."""
-        exact = bounce[: request.end - request.begin]
-        if _read_cached(buffered, exact, request.begin):
-            return 0
+def _straight(request: _Request, file: _File, *, cached: bool) -> bool:
+    """Read without a bounce where one target takes the whole request; return whether that was done."""
+    if len(request.pieces) != 1:
+        return False
+    address, nbytes = request.pieces[0].address, request.pieces[0].nbytes
+    target = _memory(address, nbytes)
+    if cached:
+        _read_buffered(file.buffered, target, request)
+        return True
+    aligned = address % _ADDRESS_ALIGNMENT_BYTES == request.begin % _BLOCK_BYTES == nbytes % _BLOCK_BYTES == 0
+    return aligned and file.direct is not None and _read_direct(file.direct, target, request.begin)
+
+
+def _into(bounce: memoryview, request: _Request, file: _File, *, cached: bool) -> int:
+    """Read a request into the bounce buffer; return where in it the request begins."""
+    if file.direct is not None and not cached:
         begin = request.begin // _BLOCK_BYTES * _BLOCK_BYTES
         end = -(-request.end // _BLOCK_BYTES) * _BLOCK_BYTES
-        if direct is not None and _read_direct(direct, bounce[: end - begin], begin, request.end - begin):
+        if _read_direct(file.direct, bounce[: end - begin], begin, request.end - begin):
             return request.begin - begin
-        _read_buffered(buffered, exact, request)
-        return 0
-
-
-def _read_cached(descriptor: int, target: memoryview, offset: int) -> bool:
-    """Copy a range from the page cache; return False if any of it would have to come from the disk."""
-    try:
-        return os.preadv(descriptor, [target], offset, os.RWF_NOWAIT) == target.nbytes
-    except OSError:
-        return False  # EAGAIN: not cached; EOPNOTSUPP: the file system cannot tell
+    _read_buffered(file.buffered, bounce[: request.end - request.begin], request)
+    return 0
 
 
 def _read_direct(descriptor: int, target: memoryview, offset: int, needed_bytes: int | None = None) -> bool:

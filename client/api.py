@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from ckptd.checkpoint.items import BALANCED, LOWEST_RANK
 from ckptd.checkpoint.metadata import to_metadata
 from ckptd.checkpoint.open import read_index
 from ckptd.client.futures import SaveFuture
@@ -103,7 +104,7 @@ def connect(
         session = Session(identity, options)
         _sessions[key] = session
     if state_dict is not None:
-        session.prepare(state_dict)
+        session.prepare(state_dict, settings=_settings(flat=False, lowest=False))
     return session
 
 
@@ -267,8 +268,13 @@ def _request(
         if type(planner) is not DefaultSavePlanner:
             raise Unsupported(f"planner {type(planner).__name__}", "leave it out or give a DefaultSavePlanner")
         flat, lowest = not planner.flatten_state_dict, planner.dedup_save_to_lowest_rank
-    settings = f"flat={flat} lowest={lowest}"
+    settings = _settings(flat=flat, lowest=lowest)
     return SaveRequest(state_dict, path, settings, flat, _overwrites(storage_writer), _read_metadata, background)
+
+
+def _settings(*, flat: bool, lowest: bool) -> str:
+    """Return the planner settings that change a plan; part of its digest."""
+    return f"flat={flat} {LOWEST_RANK if lowest else BALANCED}"
 
 
 def _path(checkpoint_id: CheckpointId | None, storage: Any, kind: type[Any], name: str) -> str:

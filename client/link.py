@@ -179,12 +179,13 @@ class Link:
             if now >= beat_at_s:
                 self._put(dealer, messages.encode(Heartbeat()))
                 beat_at_s = now + self.attached.heartbeat_s
-            if now - heard_s > self.attached.silence_s:
-                return DaemonLost(self.runtime)
             ready = dict(poller.poll(int(max(0.0, beat_at_s - now) * 1000) + 1))
             while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 heard_s = time.monotonic()
                 self._take(dealer.recv())
+            # Only after listening: a process that was stopped itself has news waiting, and they name the cause.
+            if time.monotonic() - heard_s > self.attached.silence_s:
+                return DaemonLost(self.runtime)
             if self._wake_receive in ready:
                 self._drain_wakes()
             self._flush(dealer)

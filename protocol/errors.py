@@ -6,6 +6,7 @@ name on the wire. Errors travel as :class:`ErrorReport`, never as pickles.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
@@ -491,12 +492,15 @@ BY_CODE: Final[dict[str, type[CkptdError]]] = _leaves(CkptdError)
 
 
 def from_report(report: ErrorReport) -> CkptdError:
-    """Return the error that a report describes; an unknown one becomes :class:`UnexpectedError`."""
+    """Return the error that a report describes; one that is unknown or does not fit becomes UnexpectedError."""
     kind = BY_CODE.get(report.code)
     facts: dict[str, Any] = dict(report.facts)
-    if kind is None or kind is CkptdError or {f.name for f in fields(kind)} != set(facts):  # type: ignore[arg-type]
-        return UnexpectedError(f"{report.code}: " + ", ".join(f"{k}={v}" for k, v in facts.items()))
-    return kind(**facts)
+    if kind is not None and kind is not CkptdError and {f.name for f in fields(kind)} == set(facts):  # type: ignore[arg-type]
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            error = kind(**facts)
+            str(error)  # facts of a wrong type show when they are told
+            return error
+    return UnexpectedError(f"{report.code}: " + ", ".join(f"{k}={v}" for k, v in facts.items()))
 
 
 def for_rank(rank: int, error: CkptdError) -> CkptdError:

@@ -1,5 +1,5 @@
 """The processes that these tests are made of."""
 
-from support.clients import client, quiet_torch  # noqa: F401
+from support.clients import client  # noqa: F401
 from support.daemons import daemon, runtime, start_daemon  # noqa: F401
 from support.trainers import nursery, trainers  # noqa: F401

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 WORLD = 3
 ID = "/runs/step-7"
 PLANNED = (10, 20, 30)
-often = settings(max_examples=300, deadline=None)
+often = settings(max_examples=100, deadline=None)
 
 
 class Watched:
@@ -135,7 +135,7 @@ def disordered(draw, events: list[object]) -> list[object]:
     return draw(st.permutations([*events, *twice]))
 
 
-@often
+@settings(often, max_examples=40)
 @given(st.data(), st.sets(ranks))
 def test_all_that_was_said_at_least_once_in_any_order_commits_once(data, changed):
     """A rank's own news keep their order, as a socket keeps it; those of different ranks may mix in any way."""
@@ -163,7 +163,7 @@ def _first_word(rank: int, changed: set[int]) -> object:
     return Proposed(rank, ID, "new") if rank in changed else RankSealed(rank, ID, "old", PLANNED[rank])
 
 
-@often
+@settings(often, max_examples=60)
 @given(st.data(), ranks, st.sampled_from(["seal", "report"]))
 def test_one_lost_event_is_never_made_up_for(data, rank, lost):
     news: list[object] = [RankSealed(r, ID, "old", nbytes) for r, nbytes in enumerate(PLANNED)]

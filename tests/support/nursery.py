@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 _LENGTH = struct.Struct("<I")
-NAMES = (dcp, torch, dist, init_device_mesh, Replicate, Shard, distribute_tensor)
 
 
 def send(connection, value):

@@ -1,0 +1,48 @@
+"""One of each message, by the function that reads it."""
+
+from __future__ import annotations
+
+from ckptd.protocol import messages as m
+from ckptd.protocol.errors import DiskFull
+
+ERROR = DiskFull("/runs", 10, 3).report()
+
+SAMPLES = {
+    m.decode_attach_request: [m.Attach(1, "job", 0, 2, "launch", 2.5), m.OpenArena(2, 8192)],
+    m.decode_attach_reply: [
+        m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
+        m.ArenaOpened(1, 2, 8192),
+        m.Refused(ERROR),
+    ],
+    m.decode_client_message: [
+        m.Heartbeat(),
+        m.Propose(1, "/runs/7", "digest", b"plan", True),
+        m.Sealed(1, "/runs/7", "digest", 1, 0, 8192, 4096, b"\0" * 8, 0.1, 0.2, 0.3, False),
+        m.GaveUp(1, "/runs/7", ERROR),
+        m.Detach(),
+    ],
+    m.decode_daemon_message: [
+        m.Echo(),
+        m.Assigned(1, "digest", b"\0" * 8),
+        m.Progress(1, 5, 10),
+        m.SlotFreed(1, 0),
+        m.Committed(1, "save"),
+        m.Aborted(1, ERROR, True),
+        m.Fenced(ERROR),
+    ],
+    m.decode_task: [
+        m.PlanTask("/plan", [b"a", b"b"], [None, b"\0" * 8]),
+        m.WriteTask("/plan", 1, "/arena", 4096, 8192, b"", "/dir", "__1_0.distcp", 4, 1 << 20),
+        m.CommitTask("/plan", "/dir", "/runs/7", "save", [b"h"], [7], [b"o"], True, {"job": "job"}),
+        m.DiscardTask("/dir"),
+    ],
+    m.decode_task_reply: [
+        m.PlanDone([b"\0" * 8], [4096]),
+        m.WriteProgress(5),
+        m.WriteDone(4096, b"\0" * 8, 2**64 - 1, 0.5, 0.25, True),
+        m.CommitDone(4096),
+        m.DiscardDone(),
+        m.TaskFailed(ERROR),
+    ],
+}
+DECODERS = list(SAMPLES)
