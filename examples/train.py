@@ -83,7 +83,7 @@ def digest(state: dict[str, Any]) -> str:
     total = xxhash.xxh3_128()
     for name in sorted(flat):
         total.update(name.encode())
-        total.update(flat[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(flat[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
