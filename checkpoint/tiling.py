@@ -28,7 +28,7 @@ def check_tiling(names: list[str], shape: Int64, ndim: NDArray[np.uint8], chunks
         BadPlan: A gap, an overlap, or a chunk that reaches outside; the key is named.
     """
     name, offsets, sizes = chunks
-    if not len(name):
+    if not names:
         return
     used = np.arange(shape.shape[1])[None, :] < ndim[:, None]
     outside = (used[name] & (offsets + sizes > shape[name])).any(axis=1)

@@ -19,6 +19,7 @@ from ckptd.checkpoint.chunks import Chunk, chunks_of, data_of, structure_of
 from ckptd.checkpoint.items import LocalPlan
 from ckptd.checkpoint.metadata import dtype_code
 from ckptd.client.flatten import Path, flatten, top_level
+from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import OBJECT
 from ckptd.staging.image import scalar_record
 
@@ -77,7 +78,7 @@ def take_snapshot(state_dict: Mapping[str, Any], *, capacities: Mapping[str, int
             structure.append((name, structure_of(value)))
             sources.extend(data_of(name, value))
             continue
-        data = object_bytes(value)
+        data = _bytes_of(name, value)
         capacity = capacities.get(name, 0)
         if not len(data) <= capacity <= 4 * (len(data) + _SLACK_BYTES):
             capacity = -(-(len(data) + len(data) // 4) // _SLACK_BYTES) * _SLACK_BYTES
@@ -94,6 +95,14 @@ def object_bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _bytes_of(name: str, value: Any) -> bytes:
+    try:
+        return object_bytes(value)
+    except Exception as error:  # noqa: BLE001  # whatever pickle, or the object itself, has against it
+        what = f"{name}: a {type(value).__name__} that cannot be pickled ({error})"
+        raise Unsupported(what, "leave it out of the state dict") from error
 
 
 def make_local_plan(snapshot: Snapshot, *, settings: str) -> LocalPlan:

@@ -6,6 +6,7 @@ failures are answers; its death is one too, made by the supervisor. It loads no 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -92,9 +93,10 @@ class Worker:
         self._last_progress_s = 0.0
 
     def run(self) -> None:
-        """Serve until the daemon closes the connection."""
-        while (frame := self._receive()) is not None:
-            self._send(self._answer(frame))
+        """Serve until the daemon closes the connection, or is gone before it has heard the answer."""
+        with contextlib.suppress(ConnectionError):
+            while (frame := self._receive()) is not None:
+                self._send(self._answer(frame))
 
     def _receive(self) -> bytes | None:
         head = self._connection.recv(FRAME_LENGTH.size, socket.MSG_WAITALL)
@@ -120,6 +122,8 @@ class Worker:
             return self._perform(messages.decode_task(frame))
         except CkptdError as error:
             return TaskFailed(error.report())
+        except ConnectionError:
+            raise  # no progress could be told: nobody is there to hear an answer either
         except Exception as bug:  # the bulkhead around one task: doing it again would meet the same bug
             logger.exception("bug in a worker")
             return TaskFailed(UnexpectedError(f"internal error: {bug!r}; see the daemon's log").report())

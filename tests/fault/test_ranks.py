@@ -65,6 +65,25 @@ def test_a_rank_that_fails_at_the_first_save_fails_it_on_all(daemon, trainers, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_rank_whose_own_code_fails_is_named_to_all(daemon, trainers, tmp_path):
+    ranks = trainers.job(2)
+    assert save(ranks, tmp_path / "a") == ["committed"] * 2
+    ranks[1].do(
+        "class Broken:\n"
+        "    def state_dict(self): raise ZeroDivisionError('my own bug')\n"
+        "    def load_state_dict(self, state): pass\n"
+        "ordinary, state = state, lambda value: {**ordinary(), 'broken': Broken()}"
+    )
+    ranks[0].start(SAVE, path=str(tmp_path / "b"), value=2.0)
+    ranks[1].start(f"try:\n    {SAVE}\nexcept ZeroDivisionError:\n    pass", path=str(tmp_path / "b"), value=2.0)
+    ranks.finish()
+    error = ranks[0].get("outcome(future)")
+    assert "rank 1" in error
+    assert "my own bug" in error
+    ranks[1].do("state = ordinary")
+    assert save(ranks, tmp_path / "b", 3.0) == ["committed"] * 2
+
+
 def test_ranks_that_save_different_ids_at_the_same_call_all_fail(daemon, trainers, tmp_path):
     ranks = trainers.job(2)
     assert save(ranks, tmp_path / "a") == ["committed"] * 2
@@ -75,7 +94,7 @@ def test_ranks_that_save_different_ids_at_the_same_call_all_fail(daemon, trainer
     assert errors[0].startswith("RankMismatch")
     assert str(tmp_path / "b-0") in errors[0]
     assert str(tmp_path / "b-1") in errors[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["a"], "the removal of what was written")
     assert save(ranks, tmp_path / "c") == ["committed"] * 2
 
 

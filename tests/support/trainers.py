@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,12 +75,20 @@ class Trainer:
         wait_gone(self.pid)
 
     def leave(self):
-        """Let it end in order, through the interpreter's ordinary exit."""
+        """Let it end in order and wait for that."""
+        self.say_goodbye()
+        self.wait_gone()
+
+    def say_goodbye(self):
+        """Let it end in order, once it has done what it was told."""
         self._connection.close()
+
+    def wait_gone(self):
+        """Wait for its end; one that is stuck is killed."""
         try:
             wait_gone(self.pid, timeout_s=PATIENCE_S)
         except AssertionError:
-            os.kill(self.pid, signal.SIGKILL)
+            self.kill()
             raise
 
 
@@ -174,11 +181,11 @@ class Trainers:
         return ranks
 
     def close(self):
-        """Let those that live end in order; a stopped or stuck one is killed."""
+        """Let those that live end in order."""
         for trainer in self._started:
-            with suppress(ProcessLookupError):
-                os.kill(trainer.pid, signal.SIGCONT)
-            trainer.leave()
+            trainer.say_goodbye()
+        for trainer in self._started:
+            trainer.wait_gone()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,141 @@
+"""The machine's own limits: one memcpy into shared memory, and raw O_DIRECT writes and reads of one file."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from benchmarks.measure import delete_and_settle
+from benchmarks.samples import LimitsResult
+
+# Four threads with 8 MiB each fill the queue of an NVMe disk; fewer or smaller writes were slower on every disk tried,
+# more or larger ones no faster.
+_THREADS: Final = 4
+_CHUNK_BYTES: Final = 8 << 20
+_BLOCK_BYTES: Final = 4096  # O_DIRECT wants offset, length and address in multiples of it: open(2)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def measure_limits(nbytes: int, directory: Path, *, repeats: int, tell: Callable[[str], None]) -> LimitsResult:
+    """Measure each limit several times.
+
+    Args:
+        nbytes: Bytes to copy, write and read; rounded up to whole blocks.
+        directory: Where the file lies: on the disk that is to be measured.
+        repeats: How often.
+        tell: Called with what comes next.
+    """
+    nbytes = -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+    result = LimitsResult(nbytes=nbytes, memcpy_s=[], write_s=[], write_cpu_s=[], read_s=[])
+    tell("touching memory")
+    private, shared = mmap.mmap(-1, nbytes), _shared_memory(nbytes)
+    _fill(private)
+    _copy(private, shared)
+    path = directory / "limit"
+    for number in range(repeats):
+        tell(f"repetition {number + 1} of {repeats}")
+        result.memcpy_s.append(_timed(lambda: _copy(private, shared)))
+        cpu_begun_s = time.process_time()
+        result.write_s.append(_write(path, shared))
+        result.write_cpu_s.append(time.process_time() - cpu_begun_s)
+        result.read_s.append(_read(path, private))
+        delete_and_settle(path)
+    return result
+
+
+def _shared_memory(nbytes: int) -> mmap.mmap:
+    """Return a mapping of a nameless file on the same tmpfs that the arenas lie on."""
+    descriptor = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _fill(memory: mmap.mmap) -> None:
+    """Touch every page, with bytes that no disk can compress."""
+    block = random.Random(0).randbytes(_CHUNK_BYTES)
+    for begin in range(0, len(memory), len(block)):
+        part = block[: len(memory) - begin]
+        memory[begin : begin + len(part)] = part
+
+
+def _copy(source: mmap.mmap, target: mmap.mmap) -> None:
+    ctypes.memmove(_address(target), _address(source), len(source))
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _timed(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def _write(path: Path, memory: mmap.mmap) -> float:
+    """Write a new file with preallocated blocks and return the seconds of the writes and the fsync."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    try:
+        if _libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(len(memory))) != 0:
+            raise OSError(ctypes.get_errno(), "fallocate", str(path))
+        view = memoryview(memory)
+
+        def write(begin: int, end: int) -> None:
+            while begin < end:
+                begin += os.pwrite(descriptor, view[begin:end], begin)
+
+        def write_and_sync() -> None:
+            _in_chunks(len(memory), write)
+            os.fsync(descriptor)
+
+        return _timed(write_and_sync)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, memory: mmap.mmap) -> float:
+    """Read a file past the page cache and return the seconds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        view = memoryview(memory)
+
+        def read(begin: int, end: int) -> None:
+            while begin < end:
+                count = os.preadv(descriptor, [view[begin:end]], begin)
+                if count == 0:
+                    raise OSError(f"{path} ends at {begin} bytes")
+                begin += count
+
+        return _timed(lambda: _in_chunks(len(memory), read))
+    finally:
+        os.close(descriptor)
+
+
+def _in_chunks(nbytes: int, perform: Callable[[int, int], None]) -> None:
+    """Call ``perform(begin, end)`` for each chunk, from several threads."""
+    begins = iter(range(0, nbytes, _CHUNK_BYTES))
+    lock = threading.Lock()
+
+    def run() -> None:
+        while True:
+            with lock:
+                begin = next(begins, None)
+            if begin is None:
+                return
+            perform(begin, min(begin + _CHUNK_BYTES, nbytes))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(run) for _ in range(_THREADS)]:
+            done.result()

@@ -1,0 +1,259 @@
+"""What is done with one way to save, in a process of its own: saves, loads, a matmul loop, many small saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from benchmarks import measure
+from benchmarks.samples import SaveSample, SlowdownSample, SoakResult, SystemResult
+from benchmarks.systems import Ckptd, Pending, System
+from benchmarks.workload import StateDict, bytes_of, clear, digest_of, make_state_dict, tensors_of
+
+# 0.7 to 2.6 ms an iteration on one core of the last ten years: short beside the shortest save.
+_MATMUL_WIDTH: Final = 512
+_IDLE_WINDOW_S: Final = 0.75
+_WARM_UP_S: Final = 0.3
+_SOAK_WARM_UP_SAVES: Final = 20
+_SOAK_STEP_SAVES: Final = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """How much is measured.
+
+    Attributes:
+        nbytes: Wanted bytes of the state dict.
+        tensors: Wanted number of tensors.
+        saves: Saves in steady state.
+        slowdowns: Saves beside a matmul loop, for each number of threads.
+        loads: Loads, cold and warm each.
+        memory: Whether memory is sampled, in a save of its own.
+    """
+
+    nbytes: int
+    tensors: int
+    saves: int
+    slowdowns: int
+    loads: int
+    memory: bool
+
+
+class Trial:
+    """One system under test, and the checkpoints it writes.
+
+    Args:
+        name: The system's name.
+        system: The system.
+        directory: Where its checkpoints go.
+        tell: Called with what comes next.
+    """
+
+    def __init__(self, name: str, system: System, directory: Path, tell: Callable[[str], None]) -> None:
+        self._name, self._system, self._directory, self._tell = name, system, directory, tell
+        self._numbers = count()
+
+    def run(self, scope: Scope) -> SystemResult:
+        """Measure everything that applies to the system."""
+        self._tell("making the state dict")
+        state = make_state_dict(scope.nbytes, scope.tensors)
+        without = measure.proportional_bytes(measure.family())
+        try:
+            self._tell("opening")
+            begun = time.perf_counter()
+            self._system.open(state)
+            open_s = time.perf_counter() - begun
+            [first] = self._saves(state, 1, "first save")
+            steady = self._saves(state, scope.saves, "save")
+            background = self._background_saves(state, scope.saves)
+            peak_bytes, dirty_bytes = self._peak_memory(state) if scope.memory else (0, 0)
+            slowdowns = self._slowdowns(state, scope.slowdowns)
+            last = self._path()
+            if scope.loads:
+                self._timed(state, last)
+        finally:
+            self._system.close()
+        return SystemResult(
+            system=self._name,
+            nbytes=bytes_of(state),
+            tensors=len(tensors_of(state)),
+            open_s=open_s,
+            first=first,
+            steady=steady,
+            background=background,
+            slowdowns=slowdowns,
+            peak_extra_bytes=max(0, peak_bytes - without),
+            peak_dirty_bytes=dirty_bytes,
+            cold_load_s=self._loads(state, last, scope.loads, cold=True),
+            warm_load_s=self._loads(state, last, scope.loads, cold=False),
+        )
+
+    def _path(self) -> Path:
+        return self._directory / f"{self._name}-{next(self._numbers)}"
+
+    # --- saves ---------------------------------------------------------------------------------------------------
+
+    def _saves(self, state: StateDict, saves: int, what: str) -> list[SaveSample]:
+        samples = []
+        for number in range(saves):
+            self._tell(f"{what} {number + 1} of {saves}")
+            path = self._path()
+            samples.append(self._timed(state, path))
+            measure.delete_and_settle(path)
+        return samples
+
+    def _background_saves(self, state: StateDict, saves: int) -> list[SaveSample]:
+        if not isinstance(self._system, Ckptd):
+            return []
+        self._system.in_background = True
+        try:
+            return self._saves(state, saves, "background save")
+        finally:
+            self._system.in_background = False
+
+    def _timed(self, state: StateDict, path: Path) -> SaveSample:
+        ends: dict[str, float] = {}
+        cpu_begun_s = self._cpu_s()
+        begun = time.perf_counter()
+        pending = self._system.begin(state, path)
+        returned = time.perf_counter()
+        if pending.staged is not None:
+            pending.staged.add_done_callback(lambda _: ends.setdefault("staged", time.perf_counter()))
+        pending.durable.add_done_callback(lambda _: ends.setdefault("announced", time.perf_counter()))
+        pending.durable.result()
+        finished = time.perf_counter()
+        return SaveSample(
+            stall_s=returned - begun,
+            staged_s=ends.get("staged", returned) - begun,
+            # The callback may still be about to run when result() is back.
+            announced_s=min(ends.get("announced", finished), finished) - begun,
+            durable_s=finished - begun,
+            cpu_s=self._cpu_s() - cpu_begun_s,
+        )
+
+    def _cpu_s(self) -> float:
+        return measure.cpu_s(measure.family(self._system.daemons()))
+
+    def _peak_memory(self, state: StateDict) -> tuple[int, int]:
+        self._tell("memory")
+        path = self._path()
+        with measure.PeakMemory(self._system.daemons()) as peak:
+            self._timed(state, path)
+        measure.delete_and_settle(path)
+        return peak.peak_bytes, peak.peak_dirty_bytes
+
+    # --- a matmul loop beside a save -----------------------------------------------------------------------------
+
+    def _slowdowns(self, state: StateDict, saves: int) -> list[SlowdownSample]:
+        samples = []
+        default = torch.get_num_threads()
+        for threads in sorted({default, 1}, reverse=True):
+            torch.set_num_threads(threads)
+            for number in range(saves):
+                self._tell(f"matmul with {threads} threads, save {number + 1} of {saves}")
+                samples.append(self._slowdown(state, threads))
+        torch.set_num_threads(default)
+        return samples
+
+    def _slowdown(self, state: StateDict, threads: int) -> SlowdownSample:
+        loop, path = MatmulLoop(), self._path()
+        loop.run_for(_WARM_UP_S)
+        before = loop.run_for(_IDLE_WINDOW_S)
+        pending = self._system.begin(state, path)
+        if pending.staged is not None:
+            pending.staged.result()
+        iterations, window_s = loop.run_until(pending.durable.done)
+        pending.durable.result()
+        measure.delete_and_settle(path)
+        loop.run_for(_WARM_UP_S)
+        after = loop.run_for(_IDLE_WINDOW_S)
+        return SlowdownSample(
+            threads=threads,
+            idle_per_s=(before + after) / 2,
+            during_per_s=iterations / window_s,
+            window_s=window_s,
+        )
+
+    # --- loads ---------------------------------------------------------------------------------------------------
+
+    def _loads(self, state: StateDict, path: Path, loads: int, *, cold: bool) -> list[float]:
+        seconds = []
+        for number in range(loads):
+            self._tell(f"{'cold' if cold else 'warm'} load {number + 1} of {loads}")
+            seconds.append(self._load(state, path, cold=cold))
+        return seconds
+
+    def _load(self, state: StateDict, path: Path, *, cold: bool) -> float:
+        """Load once into cleared tensors and hold the outcome against what was there."""
+        wanted = digest_of(state)
+        clear(state)
+        (measure.drop_cache if cold else measure.warm_cache)(path)
+        begun = time.perf_counter()
+        self._system.load(state, path)
+        seconds = time.perf_counter() - begun
+        if digest_of(state) != wanted:
+            raise RuntimeError(f"{self._name} loaded other bytes than it saved")
+        return seconds
+
+
+class MatmulLoop:
+    """Multiplies matrices as fast as torch's threads can, as a trainer on the CPU does."""
+
+    def __init__(self) -> None:
+        self._factor = torch.rand(_MATMUL_WIDTH, _MATMUL_WIDTH)
+        self._product = torch.empty_like(self._factor)
+
+    def run_until(self, over: Callable[[], bool]) -> tuple[int, float]:
+        """Return the number of iterations until ``over()`` and the seconds they took."""
+        iterations, begun = 0, time.perf_counter()
+        while not over():
+            torch.mm(self._factor, self._factor, out=self._product)
+            iterations += 1
+        return iterations, time.perf_counter() - begun
+
+    def run_for(self, seconds: float) -> float:
+        """Return the iterations per second over so many seconds."""
+        end = time.perf_counter() + seconds
+        iterations, took_s = self.run_until(lambda: time.perf_counter() >= end)
+        return iterations / took_s
+
+
+def soak(nbytes: int, tensors: int, *, saves: int, directory: Path, tell: Callable[[str], None]) -> SoakResult:
+    """Save a small model many times and note the resident memory of all of ckptd's processes.
+
+    Args:
+        nbytes: Wanted bytes of the state dict.
+        tensors: Wanted number of tensors.
+        saves: Number of saves after those that warm up.
+        directory: Where the checkpoints go; one at a time lies there.
+        tell: Called with what comes next.
+    """
+    state, system = make_state_dict(nbytes, tensors), Ckptd()
+    result = SoakResult(nbytes=bytes_of(state), tensors=len(tensors_of(state)), saves=[], resident_bytes=[])
+    try:
+        system.open(state)
+        _save_many(system, state, directory / "warm-up", range(_SOAK_WARM_UP_SAVES))
+        for done in range(0, saves + 1, _SOAK_STEP_SAVES):
+            tell(f"small save {done} of {saves}")
+            result.saves.append(done)
+            result.resident_bytes.append(measure.resident_bytes(measure.family(system.daemons())))
+            if done < saves:
+                steps = range(done, min(done + _SOAK_STEP_SAVES, saves))
+                _save_many(system, state, directory / "soak", steps)
+    finally:
+        system.close()
+    return result
+
+
+def _save_many(system: System, state: StateDict, directory: Path, steps: Iterable[int]) -> None:
+    for step in steps:
+        path = directory / str(step)
+        pending: Pending = system.begin(state, path)
+        pending.durable.result()
+        measure.delete(path)

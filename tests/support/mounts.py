@@ -1,0 +1,78 @@
+"""File systems of a test's own: small ones, full ones, overlays. Root mounts; who may use sudo mounts, too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+
+def unavailable(reason):
+    """Skip where a person runs the tests; fail in CI, which must not skip in silence."""
+    if os.environ.get("CI", "").lower() in {"1", "true"}:
+        pytest.fail(f"{reason}, and CI must run this test")
+    pytest.skip(reason)
+
+
+def need_root(what):
+    """Skip a test that needs root, or fail it in CI."""
+    if os.geteuid() != 0:
+        unavailable(f"{what}: needs root")
+
+
+class Mounts:
+    """Mounts that end with the test."""
+
+    def __init__(self, directory):
+        self._directory = directory
+        self._mounted = []
+        self._sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+
+    def tmpfs(self, *, mib, name="small"):
+        """Return the path of a tmpfs of ``mib`` MiB."""
+        target = self._directory / name
+        owner = f"uid={os.geteuid()},gid={os.getegid()},mode=700"
+        self._mount(target, "tmpfs", f"size={mib}m,{owner}")
+        return target
+
+    def overlay(self):
+        """Return the path of an overlay whose upper layer is on tmpfs."""
+        layers = self.tmpfs(mib=64, name="layers")
+        for name in ("lower", "upper", "work"):
+            (layers / name).mkdir()
+        target = self._directory / "overlay"
+        self._mount(target, "overlay", f"lowerdir={layers}/lower,upperdir={layers}/upper,workdir={layers}/work")
+        return target
+
+    def read_only(self, target):
+        """Make a mounted path read-only, or writable again with :meth:`writable`."""
+        self._run("mount", "-o", "remount,ro", str(target))
+
+    def writable(self, target):
+        """Make a mounted path writable again."""
+        self._run("mount", "-o", "remount,rw", str(target))
+
+    def _mount(self, target, kind, options):
+        target.mkdir()
+        self._run("mount", "-t", kind, "-o", options, "ckptd-test", str(target))
+        self._mounted.append(target)
+
+    def _run(self, *command):
+        try:
+            subprocess.run([*self._sudo, *command], check=True, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.CalledProcessError) as error:
+            unavailable(f"cannot {command[0]}: {getattr(error, 'stderr', error)}")
+
+    def close(self):
+        """Unmount all, the newest first."""
+        for target in reversed(self._mounted):
+            subprocess.run([*self._sudo, "umount", str(target)], check=True, timeout=20)
+
+
+@pytest.fixture
+def mounts(tmp_path):
+    """Mount file systems below the test's directory."""
+    mounts = Mounts(tmp_path)
+    yield mounts
+    mounts.close()
