@@ -111,8 +111,13 @@ def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
         raise SystemCallFailed("rename", checkpoint_id, errno.ENOTDIR)
     _keep_foreign(checkpoint_id, directory)
     if not rename_exchange(directory, checkpoint_id):
-        named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, f"{directory}.old"))
-        named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
+        old = f"{directory}.old"
+        named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, old))
+        try:
+            named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
+        except SystemCallFailed:
+            os.rename(old, checkpoint_id)
+            raise
 
 
 def _save_id_of(checkpoint_id: str) -> str | None:

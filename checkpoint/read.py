@@ -126,7 +126,9 @@ def _merge(reads: list[Read]) -> list[_Request]:
     for read in sorted(reads, key=lambda read: (read.file, read.offset)):
         at, last = read.offset, read.offset + read.nbytes
         while at < last:
-            joins = pieces and read.file == file and at - end <= _MERGE_GAP_BYTES and at - begin < _CHUNK_BYTES
+            # A read may begin before the request that the end of the one before it came into.
+            near = begin <= at <= end + _MERGE_GAP_BYTES and at - begin < _CHUNK_BYTES
+            joins = pieces and read.file == file and near
             if not joins:
                 flush()
                 file, begin, end = read.file, at, at

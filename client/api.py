@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import threading
 from collections.abc import Mapping
@@ -130,10 +131,12 @@ def async_save(
         DaemonUnavailable: There is no daemon and none could be started.
     """
     del async_checkpointer_type
-    session = _session(process_group, no_dist=no_dist)
-    background = session.options.staging == "background" or _stages_in_background(async_stager)
+    background = _stages_in_background(async_stager)
     writer = (checkpoint_id, storage_writer)
     request = _request(state_dict, writer, planner, use_collectives=use_collectives, background=background)
+    session = _session(process_group, no_dist=no_dist)
+    if session.options.staging == "background":
+        request = dataclasses.replace(request, background=True)
     return session.save(request)
 
 
@@ -148,9 +151,9 @@ def save(
     use_collectives: bool = True,
 ) -> Metadata:
     """Save a state dict and return its metadata once it is durable. Arguments and errors as :func:`async_save`."""
-    session = _session(process_group, no_dist=no_dist)
     writer = (checkpoint_id, storage_writer)
     request = _request(state_dict, writer, planner, use_collectives=use_collectives, background=False)
+    session = _session(process_group, no_dist=no_dist)
     return session.save(request).result()
 
 

@@ -29,8 +29,15 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
 
 
 def top_level(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
-    """Return the values of a state dict that is to be taken as it is, each with its path of one step."""
-    return {str(key): ((str(key),), value) for key, value in state_dict.items()}
+    """Return the values of a state dict that is to be taken as it is, each with its path of one step.
+
+    Raises:
+        Unsupported: Two keys are spelt alike, as ``1`` and ``"1"`` are.
+    """
+    leaves: dict[str, tuple[Path, Any]] = {}
+    for key, value in state_dict.items():
+        _add(leaves, str(key), (str(key),), value)
+    return leaves
 
 
 def _walk(leaves: dict[str, tuple[Path, Any]], name: str, path: Path, value: Any) -> None:
@@ -41,10 +48,14 @@ def _walk(leaves: dict[str, tuple[Path, Any]], name: str, path: Path, value: Any
     elif isinstance(value, list) and _holds_more(value):
         for position, inner in enumerate(value):
             _walk(leaves, f"{name}.{position}", (*path, position), inner)
-    elif name in leaves:
-        raise Unsupported(f"key {name!r} twice in one state dict", "rename one of the two")
     else:
-        leaves[name] = (path, value)
+        _add(leaves, name, path, value)
+
+
+def _add(leaves: dict[str, tuple[Path, Any]], name: str, path: Path, value: Any) -> None:
+    if name in leaves:
+        raise Unsupported(f"key {name!r} twice in one state dict", "rename one of the two")
+    leaves[name] = (path, value)
 
 
 def _holds_more(values: list[Any]) -> bool:

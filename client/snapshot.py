@@ -73,9 +73,9 @@ def take_snapshot(state_dict: Mapping[str, Any], *, capacities: Mapping[str, int
     structure: list[Any] = []
     sources: list[Source] = []
     reserved: dict[str, int] = {}
-    for name, (_, value) in leaves.items():
+    for name, (path, value) in leaves.items():
         if isinstance(value, torch.Tensor):
-            structure.append((name, structure_of(value)))
+            structure.append((path, structure_of(value)))
             sources.extend(data_of(name, value))
             continue
         data = _bytes_of(name, value)
@@ -83,7 +83,7 @@ def take_snapshot(state_dict: Mapping[str, Any], *, capacities: Mapping[str, int
         if not len(data) <= capacity <= 4 * (len(data) + _SLACK_BYTES):
             capacity = -(-(len(data) + len(data) // 4) // _SLACK_BYTES) * _SLACK_BYTES
         reserved[name] = capacity
-        structure.append((name, capacity))
+        structure.append((path, capacity))
         sources.append(data)
     return Snapshot(tuple(structure), leaves, sources, reserved)
 

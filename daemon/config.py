@@ -49,7 +49,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     write_chunk_bytes: Chunk = 8 * _MIB
     """Bytes of one write call; a multiple of 4096, at most 1 GiB."""
 
-    worker_nice: Nice = 10
+    worker_nice: Nice = 19
     """Niceness of the workers, 0 (as the daemon) to 19 (only when nobody else wants the CPU); see nice(2)."""
 
     heartbeat_s: Seconds = 2.0

@@ -122,16 +122,18 @@ class Copier:
             elif source.nbytes:
                 batch[0].append(target)
                 batch[1].append(source)
-        with torch.no_grad():
-            for device, mine in on_device.items():
-                self._stream(device).copy(mine)
-            self._copy_large(large)
-            if batch[0]:
-                torch._foreach_copy_(*batch)
-            for target, source in rest:
-                target.copy_(source)
-        for device in on_device:
-            self._stream(device).wait()
+        try:
+            with torch.no_grad():
+                for device, mine in on_device.items():
+                    self._stream(device).copy(mine)
+                self._copy_large(large)
+                if batch[0]:
+                    torch._foreach_copy_(*batch)
+                for target, source in rest:
+                    target.copy_(source)
+        finally:  # after a failure, too: the slot may be given to another save
+            for device in on_device:
+                self._stream(device).wait()
 
     def _copy_large(self, blocks: list[tuple[int, int, int]]) -> None:
         if self._pool is None:

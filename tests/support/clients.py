@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import ckptd.client
@@ -17,6 +18,7 @@ def client(runtime):
     """ckptd.client; its sessions are closed at the end. Name it after ``daemon`` in a test's arguments."""
     yield ckptd.client
     api._close_all()
+    gc.collect()  # an arena stays mapped until the last view of it is gone
 
 
 def stock_load(state_dict, path, **options):

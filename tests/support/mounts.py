@@ -72,7 +72,7 @@ class Mounts:
 
 @pytest.fixture
 def mounts(tmp_path):
-    """Mount file systems below the test's directory."""
+    """Mount file systems below the test's directory. Named first in a test's arguments, it is unmounted last."""
     mounts = Mounts(tmp_path)
     yield mounts
     mounts.close()
