@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +59,8 @@ def _measure(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Resu
 
 def main() -> None:
     """Measure and print."""
+    # As Ctrl-C does: `finally` blocks run, and the daemon is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     messages = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
 

@@ -1,9 +1,9 @@
 """Measures what a save costs the machine: CPU time and memory of a set of processes, and the page cache.
 
-*Extra memory* is the proportional set size (Pss: private pages plus each process's share of common ones) summed over the
-trainer, its descendants, the daemon and its workers, less that of the trainer before it opened its saver. It counts
-staging memory once, however many processes map it. Page cache is the kernel's and is not in it: what waits in the page
-cache to be written is told apart, for the whole machine.
+*Extra memory* is the proportional set size (Pss: private pages plus each process's share of common ones) summed
+over the trainer, its descendants, the daemon and its workers, less that of the trainer before it opened its saver. It
+counts staging memory once, however many processes map it. Page cache is the kernel's and is not in it: what waits in
+the page cache to be written is told apart, for the whole machine.
 """
 
 from __future__ import annotations
@@ -40,18 +40,44 @@ def family(others: Iterable[int] = ()) -> list[psutil.Process]:
     return list(found.values())
 
 
-def cpu_s(processes: Iterable[psutil.Process]) -> float:
-    """Return the CPU-seconds, user and system, of processes and of their children that have ended."""
-    total_s = 0.0
-    for process in processes:
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            total_s += _own_cpu_s(process.pid)
-            times = process.cpu_times()
-            total_s += times.children_user + times.children_system
-    return total_s
+class CpuMeter:
+    """Counts the CPU-seconds, user and system, of this process and others, and of all their descendants.
+
+    Finding the processes costs milliseconds of CPU itself, so it is done before this process's own clock is read first,
+    and after it is read last.
+
+    Args:
+        others: Pids of processes to be counted that need not be descendants of this one.
+    """
+
+    def __init__(self, others: Iterable[int] = ()) -> None:
+        self._others = tuple(others)
+        self._begun_s = self._all_but_own_s() + _own_s()
+
+    def stop(self) -> float:
+        """Return the CPU-seconds since this object was made."""
+        own_s = _own_s()
+        return own_s + self._all_but_own_s() - self._begun_s
+
+    def _all_but_own_s(self) -> float:
+        return sum(_cpu_s(process) for process in family(self._others) if process.pid != os.getpid())
 
 
-def _own_cpu_s(pid: int) -> float:
+def _own_s() -> float:
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Return the CPU-seconds of a process and of its children that have ended; 0 if it has ended itself."""
+    try:
+        times = process.cpu_times()
+        return _clock_s(process.pid) + float(times.children_user + times.children_system)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return 0.0
+
+
+def _clock_s(pid: int) -> float:
     """Return the CPU-seconds of one process to the nanosecond; /proc tells them to 10 ms only."""
     clock = ctypes.c_int()
     number = _libc.clock_getcpuclockid(pid, ctypes.byref(clock))

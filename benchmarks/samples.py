@@ -31,8 +31,8 @@ class SaveSample(Sample, frozen=True):
 
     @property
     def persist_s(self) -> float:
-        """Seconds from staged to durable."""
-        return self.announced_s - self.staged_s
+        """Seconds from staged to durable; of a save that holds the trainer to its end, all of them."""
+        return self.announced_s - self.staged_s if self.stall_s < self.announced_s else self.announced_s
 
 
 class SlowdownSample(Sample, frozen=True):

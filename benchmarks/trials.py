@@ -119,26 +119,26 @@ class Trial:
 
     def _timed(self, state: StateDict, path: Path) -> SaveSample:
         ends: dict[str, float] = {}
-        cpu_begun_s = self._cpu_s()
+        cpu = measure.CpuMeter(self._system.daemons())
         begun = time.perf_counter()
         pending = self._system.begin(state, path)
         returned = time.perf_counter()
+        if pending.durable.done():
+            ends["announced"] = returned
         if pending.staged is not None:
             pending.staged.add_done_callback(lambda _: ends.setdefault("staged", time.perf_counter()))
         pending.durable.add_done_callback(lambda _: ends.setdefault("announced", time.perf_counter()))
         pending.durable.result()
         finished = time.perf_counter()
+        cpu_s = cpu.stop()
         return SaveSample(
             stall_s=returned - begun,
             staged_s=ends.get("staged", returned) - begun,
             # The callback may still be about to run when result() is back.
             announced_s=min(ends.get("announced", finished), finished) - begun,
             durable_s=finished - begun,
-            cpu_s=self._cpu_s() - cpu_begun_s,
+            cpu_s=cpu_s,
         )
-
-    def _cpu_s(self) -> float:
-        return measure.cpu_s(measure.family(self._system.daemons()))
 
     def _peak_memory(self, state: StateDict) -> tuple[int, int]:
         self._tell("memory")

@@ -27,8 +27,18 @@ from ckptd.protocol.messages import CommitTask
 
 
 def prepare_directory(directory: str) -> None:
-    """Make the hidden directory of a save, and the folders above it. Every rank's writer may be the first."""
+    """Make the hidden directory of a save, and the folders above it. Every rank's writer may be the first.
+
+    The names of new folders above it are made durable: a checkpoint must not be lost with its parent.
+    """
+    new_folders: list[str] = []
+    folder = os.path.dirname(directory)
+    while not os.path.lexists(folder):
+        new_folders.append(folder)
+        folder = os.path.dirname(folder)
     named("mkdir", directory, lambda: os.makedirs(directory, exist_ok=True))
+    for new in new_folders:
+        sync_directory(os.path.dirname(new))
 
 
 def discard(directory: str) -> None:

@@ -176,10 +176,11 @@ class _Writing:
         self._on_progress(done)
 
     def _pwrite(self, begin: int, end: int) -> int:
+        direct = self.direct  # as it was before the call: another thread may go buffered meanwhile
         try:
             return os.pwrite(self.descriptor, self.image[begin:end], begin)
         except OSError as error:
-            if error.errno == errno.EINVAL and self.direct:
+            if error.errno == errno.EINVAL and direct:
                 # The file system took O_DIRECT at open but refuses it at the write, or a short write left us
                 # unaligned: go through the page cache from here on.
                 self._go_buffered()

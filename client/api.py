@@ -133,11 +133,11 @@ def async_save(
     del async_checkpointer_type
     background = _stages_in_background(async_stager)
     writer = (checkpoint_id, storage_writer)
-    request = _request(state_dict, writer, planner, use_collectives=use_collectives, background=background)
+    request = _request(writer, planner, use_collectives=use_collectives, background=background)
     session = _session(process_group, no_dist=no_dist)
     if session.options.staging == "background":
         request = dataclasses.replace(request, background=True)
-    return session.save(request)
+    return session.save(state_dict, request)
 
 
 def save(
@@ -152,9 +152,9 @@ def save(
 ) -> Metadata:
     """Save a state dict and return its metadata once it is durable. Arguments and errors as :func:`async_save`."""
     writer = (checkpoint_id, storage_writer)
-    request = _request(state_dict, writer, planner, use_collectives=use_collectives, background=False)
+    request = _request(writer, planner, use_collectives=use_collectives, background=False)
     session = _session(process_group, no_dist=no_dist)
-    return session.save(request).result()
+    return session.save(state_dict, request).result()
 
 
 def load(
@@ -255,7 +255,6 @@ atexit.register(_close_all)
 
 
 def _request(
-    state_dict: Mapping[str, Any],
     writer: tuple[CheckpointId | None, StorageWriter | None],
     planner: SavePlanner | None,
     *,
@@ -272,7 +271,7 @@ def _request(
             raise Unsupported(f"planner {type(planner).__name__}", "leave it out or give a DefaultSavePlanner")
         flat, lowest = not planner.flatten_state_dict, planner.dedup_save_to_lowest_rank
     settings = _settings(flat=flat, lowest=lowest)
-    return SaveRequest(state_dict, path, settings, flat, _overwrites(storage_writer), _read_metadata, background)
+    return SaveRequest(path, settings, flat, _overwrites(storage_writer), _read_metadata, background)
 
 
 def _settings(*, flat: bool, lowest: bool) -> str:

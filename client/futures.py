@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -91,20 +92,21 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         """The last byte is staged."""
         if not self.done():
             self._progress = SaveProgress(0, bytes_total)
-        if not self.staging_completion.done():
+        with contextlib.suppress(InvalidStateError):
             self.staging_completion.set_result(None)
 
     def note_committed(self) -> None:
         """The checkpoint is there."""
         if not self.done():
             self._progress = SaveProgress(self._progress.bytes_total, self._progress.bytes_total)
+        with contextlib.suppress(InvalidStateError):
             self.set_result(None)
 
     def note_failed(self, error: CkptdError) -> None:
-        """The save failed, before or after it was staged."""
-        if not self.staging_completion.done():
+        """The save failed, before or after it was staged. Two threads may find so at once: the first one counts."""
+        with contextlib.suppress(InvalidStateError):
             self.staging_completion.set_exception(error)
-        if not self.done():
+        with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
 
 

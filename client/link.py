@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _FRAME_LENGTH: Final = struct.Struct("<I")
 _LINGER_MS: Final = 2000  # a closing session may still have its last seal on the way
+_LAST_WORDS_MS: Final = 1000  # how long a daemon's last messages may take after its end is seen
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,22 @@ class Link:
         dealer = context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, _LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, 0)
+        ended = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         dealer.connect(self.attached.endpoint)
         error: CkptdError | None = None
         try:
             error = self._serve(dealer)
+            if error is not None:
+                # The two sockets end in no order: what the daemon said last, a commit perhaps, is still to be heard.
+                ended.poll(_LAST_WORDS_MS)
+                self._listen(dealer)
         except CkptdError as failure:
             error = failure
         finally:
             self._lost = True
-            dealer.close()
+            dealer.disable_monitor()
+            ended.close(0)
+            dealer.close(linger=_LINGER_MS if error is None else 0)  # to a daemon that is gone nothing can be sent
             context.term()
         if error is not None and not self._closing:
             self._on_lost(error)
@@ -183,9 +191,8 @@ class Link:
                 self._put(dealer, messages.encode(Heartbeat()))
                 beat_at_s = now + self.attached.heartbeat_s
             ready = dict(poller.poll(int(max(0.0, beat_at_s - now) * 1000) + 1))
-            while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if self._listen(dealer):
                 unanswered = 0
-                self._take(dealer.recv())
             if self._wake_receive in ready:
                 self._drain_wakes()
             self._flush(dealer)
@@ -194,6 +201,14 @@ class Link:
         self._flush(dealer)
         self._put(dealer, messages.encode(Detach()))
         return None
+
+    def _listen(self, dealer: zmq.Socket[bytes]) -> bool:
+        """Take all messages that are there; return whether there were any."""
+        heard = False
+        while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            heard = True
+            self._take(dealer.recv())
+        return heard
 
     def _flush(self, dealer: zmq.Socket[bytes]) -> None:
         while self._outbox:

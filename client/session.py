@@ -89,9 +89,8 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """One call of `save` or `async_save`, with its arguments understood."""
+    """One call of `save` or `async_save`, with its arguments understood; all but the state dict, which nobody keeps."""
 
-    state_dict: Mapping[str, Any]
     checkpoint_id: str
     settings: str  # planner settings that change the plan
     flat: bool
@@ -195,10 +194,10 @@ class Session:
             ShmTooSmall: The arena does not fit into shared memory.
             CkptdError: The plan cannot be made.
         """
-        request = SaveRequest(state_dict, _DRY_ID, settings, flat, True, _no_metadata, False)
+        request = SaveRequest(_DRY_ID, settings, flat, True, _no_metadata, False)
         save = self._begin(request)
         try:
-            save.snapshot = self._look(request)
+            save.snapshot = self._look(state_dict, request)
             layout = self._layout_for(save, dry=True)
             self._make_room(layout)
             for slot in self._take_free_slots():
@@ -207,16 +206,19 @@ class Session:
         finally:
             self._saves.pop(save.sequence, None)
 
-    def save(self, request: SaveRequest) -> SaveFuture:
+    def save(self, state_dict: Mapping[str, Any], request: SaveRequest) -> SaveFuture:
         """Begin a save; what fails from here on fails the future, on all ranks alike."""
         save = self._begin(request)
         self._last_staging = save.future.staging_completion
         try:
-            save.snapshot = self._look(request)
+            save.snapshot = self._look(state_dict, request)
             self._copier.mark(save.snapshot.devices())
         except CkptdError as error:
             self._give_up(save, error)
             return save.future
+        except BaseException as error:  # the user's own code failed: the other ranks must not wait for us
+            self._give_up(save, UnexpectedError(f"the state dict could not be read: {error!r}"))
+            raise
         if request.background:
             save.future.stall_s = time.monotonic() - save.begun_s
             self._background.submit(self._stage, save)
@@ -255,8 +257,8 @@ class Session:
             self._saves[save.sequence] = save
             return save
 
-    def _look(self, request: SaveRequest) -> Snapshot:
-        snapshot = take_snapshot(request.state_dict, capacities=self._capacities, flat=request.flat)
+    def _look(self, state_dict: Mapping[str, Any], request: SaveRequest) -> Snapshot:
+        snapshot = take_snapshot(state_dict, capacities=self._capacities, flat=request.flat)
         self._capacities = snapshot.capacities
         return snapshot
 

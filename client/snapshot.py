@@ -100,7 +100,7 @@ def object_bytes(value: Any) -> bytes:
 def _bytes_of(name: str, value: Any) -> bytes:
     try:
         return object_bytes(value)
-    except Exception as error:  # noqa: BLE001  # whatever pickle, or the object itself, has against it
+    except Exception as error:  # whatever pickle, or the object itself, has against it
         what = f"{name}: a {type(value).__name__} that cannot be pickled ({error})"
         raise Unsupported(what, "leave it out of the state dict") from error
 

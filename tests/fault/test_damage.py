@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.nursery import state
+
 from ckptd.checkpoint.open import read_index
 from ckptd.protocol.errors import BadIndex, MissingFile, TruncatedFile, UnknownCheckpoint, WrongBits
-from support.nursery import state
 
 CKPTD = [str(Path(sys.executable).with_name("ckptd"))]
 

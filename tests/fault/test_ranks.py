@@ -66,7 +66,7 @@ def test_a_rank_that_fails_at_the_first_save_fails_it_on_all(daemon, trainers, t
 
 
 def test_a_rank_whose_own_code_fails_is_named_to_all(daemon, trainers, tmp_path):
-    ranks = trainers.job(2)
+    ranks = trainers.job(2, progress_timeout_s=5.0)
     assert save(ranks, tmp_path / "a") == ["committed"] * 2
     ranks[1].do(
         "class Broken:\n"
@@ -141,7 +141,7 @@ def test_a_rank_without_a_slot_skips_the_save_on_all(daemon, trainers, tmp_path)
 
 
 def test_a_rank_that_never_calls_fails_the_others_within_their_deadline(daemon, trainers, tmp_path):
-    ranks = trainers.job(2, progress_timeout_s=1.0)
+    ranks = trainers.job(2, progress_timeout_s=2.0)
     ranks[0].start(SAVE, path=str(tmp_path / "a"), value=1.0)
     ranks[0].finish()
     error = ranks[0].get("outcome(future)")

@@ -8,13 +8,14 @@ from contextlib import suppress
 import msgspec
 import pytest
 import zmq
-from ckptd.protocol import messages
-from ckptd.protocol.messages import PROTOCOL_VERSION, Attach, Fenced, Heartbeat, Refused
 from support.clients import assert_holds
 from support.mounts import need_root
 from support.processes import stopped
 from support.trainers import TrainerRaised
 from support.waiting import wait_until
+
+from ckptd.protocol import messages
+from ckptd.protocol.messages import PROTOCOL_VERSION, Attach, Fenced, Heartbeat, Refused
 
 NOBODY = 65534
 

@@ -50,6 +50,19 @@ def test_a_trainer_may_die_between_the_seal_and_the_message(daemon, trainers, tm
     assert_holds(tmp_path / "last", value=4.0)
 
 
+@pytest.mark.parametrize("options", ["", "staging='background'"])
+def test_a_trainer_that_ends_without_waiting_loses_nothing(daemon, trainers, tmp_path, options):
+    trainer = trainers.start()
+    trainer.do(f"dcp.connect({options})\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "before"))
+    [worker] = daemon.workers()
+    with stopped(worker):
+        trainer.do("dcp.async_save(state(value=6.0), checkpoint_id=path)", path=str(tmp_path / "last"))
+        trainer.leave()
+        assert not (tmp_path / "last").exists()
+    daemon.wait_for_save(tmp_path / "last", committed)
+    assert_holds(tmp_path / "last", value=6.0)
+
+
 @pytest.mark.parametrize("planned_before", [False, True])
 def test_a_trainer_killed_while_it_stages_leaves_nothing(daemon, trainers, tmp_path, planned_before):
     trainer = trainers.start()

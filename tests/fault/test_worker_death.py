@@ -86,7 +86,7 @@ def test_a_save_whose_workers_keep_dying_fails_and_the_next_one_works(start_daem
 
 def test_a_worker_that_says_nothing_for_too_long_is_killed_and_the_save_fails(daemon, trainers, tmp_path):
     trainer = trainers.start()
-    trainer.do("dcp.connect(progress_timeout_s=0.5)")
+    trainer.do("dcp.connect(progress_timeout_s=2.0)")
     trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
     [worker] = daemon.workers()
     with stopped(worker):

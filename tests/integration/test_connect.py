@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckptd.protocol.errors import DaemonUnavailable, SaveSkipped, SlotsBusy, Unsupported
 from support.clients import assert_holds
 from support.nursery import state
 from support.processes import stopped
 from support.waiting import wait_until
+
+from ckptd.protocol.errors import DaemonUnavailable, SaveSkipped, SlotsBusy, Unsupported
 
 
 def cause(future):
@@ -149,7 +150,9 @@ def test_threads_may_save_at_the_same_time(daemon, client, tmp_path):
     futures = {}
 
     def save(number):
-        futures[number] = client.async_save({"w": torch.full((1000,), float(number))}, checkpoint_id=tmp_path / str(number))
+        futures[number] = client.async_save(
+            {"w": torch.full((1000,), float(number))}, checkpoint_id=tmp_path / str(number)
+        )
 
     threads = [threading.Thread(target=save, args=(number,)) for number in range(6)]
     for thread in threads:

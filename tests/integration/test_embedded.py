@@ -21,7 +21,9 @@ def environment(runtime):
 def test_trainers_that_start_at_the_same_time_share_one_daemon(runtime, trainers, environment, tmp_path):
     several = [trainers.start(**environment) for _ in range(3)]
     for number, trainer in enumerate(several):
-        trainer.start("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / str(number)))
+        trainer.start(
+            "session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / str(number))
+        )
     for trainer in several:
         trainer.finish()
     [pid] = {trainer.get("session.daemon_pid") for trainer in several}

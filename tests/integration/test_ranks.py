@@ -127,7 +127,9 @@ def test_a_group_is_asked_for_its_store_and_for_nothing_else(daemon, trainers, t
     ranks = group(trainers, 2, tmp_path)
     ranks.do("session = dcp.connect()\ndist.destroy_process_group()")
     for number in (1.0, 2.0):
-        ranks.do("future = dcp.async_save(state(value=value), checkpoint_id=path)", value=number, path=str(tmp_path / "a"))
+        ranks.do(
+            "future = dcp.async_save(state(value=value), checkpoint_id=path)", value=number, path=str(tmp_path / "a")
+        )
         assert ranks.get("outcome(future)") == ["committed"] * 2
     assert_holds(tmp_path / "a", value=2.0)
 

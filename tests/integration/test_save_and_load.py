@@ -94,9 +94,7 @@ def test_flatten_state_dict_false_is_as_with_stock(daemon, client, tmp_path):
     names = set(stock_metadata(tmp_path / "a").state_dict_metadata)
     assert names == {"w", "nested"}
     found = {"w": torch.zeros(10), "nested": None}
-    client.load(
-        found, checkpoint_id=tmp_path / "a", planner=stock.DefaultLoadPlanner(flatten_state_dict=False)
-    )
+    client.load(found, checkpoint_id=tmp_path / "a", planner=stock.DefaultLoadPlanner(flatten_state_dict=False))
     assert torch.equal(found["nested"]["b"], torch.ones(2))
 
 
@@ -178,3 +176,11 @@ def test_ids_are_any_text_that_names_a_directory(daemon, client, tmp_path, monke
         found = {"w": torch.zeros(3)}
         client.load(found, checkpoint_id=tmp_path / name)
         assert torch.equal(found["w"], torch.ones(3))
+
+
+def test_keys_that_are_no_text_find_their_place_again(daemon, client, tmp_path):
+    wanted = {"optimizer": {"state": {0: {"step": 3, "m": torch.ones(2)}, 1: {"step": 4, "m": torch.zeros(2)}}}}
+    client.save(wanted, checkpoint_id=tmp_path / "a")
+    found = blank(wanted)
+    client.load(found, checkpoint_id=tmp_path / "a")
+    assert_same(found, wanted)

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 def test_torchrun_with_gloo_and_an_embedded_daemon(runtime, tmp_path):
     environment = {**os.environ, **runtime.environment, "CKPTD_CONFIG": runtime.configure()}
     environment |= {"CKPTD_EMBEDDED": "1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     script = str(TESTS / "support" / "torchrun_trainer.py")
     done = subprocess.run(
         [*command, script, str(tmp_path / "a")],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
-from ckptd.protocol.errors import BadMessage, from_report
-from ckptd.protocol.messages import Aborted, Fenced, GaveUp, Message, Refused, TaskFailed, decode_attach_version, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.messages import DECODERS, SAMPLES
+
+from ckptd.protocol.errors import BadMessage, from_report
+from ckptd.protocol.messages import Aborted, Fenced, GaveUp, Message, Refused, TaskFailed, decode_attach_version, encode
 
 often = settings(max_examples=150, deadline=None)
 FRAMES = [encode(sample) for samples in SAMPLES.values() for sample in samples]

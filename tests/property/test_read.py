@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ckptd.checkpoint import read as read_module
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read import Read, read_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.images import random_bytes
 from xxhash import xxh3_64_intdigest
+
+from ckptd.checkpoint import read as read_module
+from ckptd.checkpoint.pagecache import PageCacheProbe
+from ckptd.checkpoint.read import Read, read_all
 
 SIZE = 48 * 1024 + 77
 CONTENT = [random_bytes(SIZE, seed=seed) for seed in range(2)]

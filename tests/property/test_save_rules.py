@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ckptd.protocol.errors import DiskFull, RankLost
 from ckptd.protocol.save import (
     Abandon,
@@ -20,8 +23,6 @@ from ckptd.protocol.save import (
     State,
     Write,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 WORLD = 3
 ID = "/runs/step-7"

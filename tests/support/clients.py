@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import warnings
 
-import ckptd.client
 import pytest
 import torch
 import torch.distributed.checkpoint as stock
-from ckptd.client import api
 from support.nursery import state
+
+import ckptd.client
+from ckptd.client import api
 
 
 @pytest.fixture

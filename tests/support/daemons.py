@@ -18,8 +18,8 @@ import pytest
 from support.processes import is_daemon, processes_of, wait_gone
 from support.waiting import PATIENCE_S, wait_readable, wait_until
 
-# Faster than the defaults, slower than a busy machine's hiccups.
-SETTINGS = {"heartbeat_s": 0.2, "session_timeout_s": 10.0, "progress_timeout_s": 20.0}
+# Faster than the defaults, slower than a busy machine's hiccups; workers at nice 19 would starve beside other tests.
+SETTINGS = {"heartbeat_s": 0.2, "session_timeout_s": 10.0, "progress_timeout_s": 20.0, "worker_nice": 0}
 _STOP_S = 15.0
 
 
@@ -89,7 +89,7 @@ class Daemon:
 
     def __init__(self, runtime, *, mode="user", prefix=(), environment=None, **settings):
         self.runtime = runtime
-        self._log = Path(runtime.path, "daemon.log").open("ab")
+        self._log = Path(runtime.path, "daemon.log").open("ab")  # noqa: SIM115  # closed when the daemon has ended
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "ckptd.daemon", "--mode", mode, "--http", "127.0.0.1:0"],
             stdin=subprocess.DEVNULL,

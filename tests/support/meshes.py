@@ -21,9 +21,7 @@ def as_rank(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def dtensor(
-    local: torch.Tensor, shape: tuple[int, ...], placements: list[Placement], mesh: tuple[int, ...]
-) -> DTensor:
+def dtensor(local: torch.Tensor, shape: tuple[int, ...], placements: list[Placement], mesh: tuple[int, ...]) -> DTensor:
     """Return a DTensor of which this rank holds ``local``."""
     stride = torch.empty(shape, device="meta").stride()
     device_mesh = init_device_mesh("cpu", mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from ckptd.checkpoint.items import BALANCED, LocalPlan
 from ckptd.checkpoint.layout import item_record
 from ckptd.checkpoint.plan import JobPlan
@@ -68,10 +69,7 @@ def _kind(held: Held) -> tuple[int, tuple[int, ...], bool]:
 
 def assigned_names(plans: list[LocalPlan], job: JobPlan) -> list[list[str]]:
     """Return the names of the items that each rank writes, in image order."""
-    return [
-        [plan.names[plan.item_name[item]] for item in mine]
-        for plan, mine in zip(plans, job.assigned, strict=True)
-    ]
+    return [[plan.names[plan.item_name[item]] for item in mine] for plan, mine in zip(plans, job.assigned, strict=True)]
 
 
 def index_places(job: JobPlan) -> set[tuple[object, ...]]:

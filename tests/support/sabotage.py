@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_SITE = '''
+_SITE = """
 import os, sys
 
 if "ckptd.daemon.worker" in sys.orig_argv:
@@ -39,7 +39,7 @@ if "ckptd.daemon.worker" in sys.orig_argv:
         "before_write": (write, "write_image", True),
     }}["{moment}"]
     around(module, name, before=before)
-'''
+"""
 
 
 def sabotage(directory, moment, *, times):

@@ -3,12 +3,13 @@
 import os
 import sys
 
-import ckptd.client as dcp
 import torch
 import torch.distributed as dist
 from support.nursery import forbid_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import ckptd.client as dcp
 
 
 def main(path):

@@ -7,6 +7,7 @@ import os
 import stat
 
 import pytest
+
 from ckptd.protocol.errors import BadMessage, ShmTooSmall, SystemCallFailed
 from ckptd.staging import arena
 from ckptd.staging.arena import (
@@ -191,7 +192,7 @@ class TestTheView:
     def test_touching_changes_no_byte(self, view, monkeypatch, threads, libc):
         if libc == "old":
             monkeypatch.setattr(arena, "_libc", _NoPopulate)
-        content = bytes(range(256)) * (len(view.memory) // 256)
+        content = b"\x07" * len(view.memory)
         view.memory[:] = content
         view.touch(threads=threads)
         assert view.memory[:] == content

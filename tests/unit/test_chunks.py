@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ckptd.checkpoint.chunks import chunks_of, data_of, structure_of
-from ckptd.protocol.errors import Unsupported
 from support.meshes import as_rank, dtensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ckptd.checkpoint.chunks import chunks_of, data_of, structure_of
+from ckptd.protocol.errors import Unsupported
 
 
 def boxes(value):
@@ -56,9 +57,7 @@ class TestPlainTensors:
 
 
 class TestDTensors:
-    @pytest.mark.parametrize(
-        ("rank", "box"), [(0, ((0, 0), (3, 4))), (1, ((3, 0), (3, 4))), (2, ((6, 0), (1, 4)))]
-    )
+    @pytest.mark.parametrize(("rank", "box"), [(0, ((0, 0), (3, 4))), (1, ((3, 0), (3, 4))), (2, ((6, 0), (1, 4)))])
     def test_an_uneven_shard(self, rank, box):
         with as_rank(rank, 3):
             value = dtensor(torch.ones(box[1]), (7, 4), [Shard(0)], (3,))

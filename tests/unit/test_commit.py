@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
+from support.images import aligned
+from support.plans import Held, local_plan, make_image, rows
+
 from ckptd.checkpoint import commit as commit_module
 from ckptd.checkpoint.commit import commit, discard, prepare_directory, publish
 from ckptd.checkpoint.names import hidden_directory
@@ -19,8 +22,6 @@ from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.protocol.messages import CommitTask
-from support.images import aligned
-from support.plans import Held, local_plan, make_image, rows
 
 PLANS = [
     local_plan({"w": rows(0, 3, of=(8, 4)), "o": 512, "r": Held((9,))}),
@@ -275,7 +276,7 @@ class TestAFailure:
         (Path(checkpoint_id) / "notes.txt").write_text("mine")
         task = write_images(plan, checkpoint_id, seed=2)
         with monkeypatch.context() as patch:
-            cut = Cut(patch, "write_file", "sync_directory", "rename_new", "rename_exchange", "_link", at=at)
+            Cut(patch, "write_file", "sync_directory", "rename_new", "rename_exchange", "_link", at=at)
             with pytest.raises(SystemCallFailed, match="cut"):
                 commit(plan, task)
         # write index and metadata, sync, rename_new (EEXIST), link notes, sync, exchange
@@ -362,6 +363,15 @@ def test_a_directory_is_made_with_all_above_it_and_more_than_once(tmp_path):
     prepare_directory(directory)
     prepare_directory(directory)
     assert os.path.isdir(directory)
+
+
+def test_the_names_of_new_folders_above_it_are_made_durable(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(commit_module, "sync_directory", synced.append)
+    prepare_directory(str(tmp_path / "a" / "b" / ".hidden"))
+    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a")]
+    prepare_directory(str(tmp_path / "a" / "b" / ".other"))
+    assert len(synced) == 2
 
 
 def test_a_directory_that_cannot_be_made_is_told(tmp_path):

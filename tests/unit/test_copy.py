@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from support.streams import DEVICE, HeldStream
+
 from ckptd.staging import copy as copy_module
 from ckptd.staging.copy import Copier, CudaSideStream, _PlainDevice, make_side_stream
 from ckptd.staging.dtypes import DTYPES
-from support.streams import DEVICE, HeldStream
 
 LARGE = copy_module._LARGE_BYTES
 
@@ -77,8 +78,10 @@ def test_conjugate_and_negative_views_are_copied_by_value(copier, size):
     assert sources[1].is_neg()
     for source, target in zip(sources, copied(copier, *sources), strict=True):
         assert not target.is_conj()
-        assert torch.equal(torch.view_as_real(source.resolve_conj()) if source.is_complex() else source.resolve_neg(),
-                           torch.view_as_real(target) if target.is_complex() else target)
+        assert torch.equal(
+            torch.view_as_real(source.resolve_conj()) if source.is_complex() else source.resolve_neg(),
+            torch.view_as_real(target) if target.is_complex() else target,
+        )
 
 
 def test_empty_and_0d_tensors_are_copied(copier):

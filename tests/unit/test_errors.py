@@ -6,6 +6,7 @@ import dataclasses
 
 import msgspec
 import pytest
+
 from ckptd.protocol.errors import (
     BY_CODE,
     CkptdError,

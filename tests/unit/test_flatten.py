@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+
 from ckptd.client.flatten import flatten, set_leaf, top_level
 from ckptd.protocol.errors import Unsupported
 
@@ -56,7 +57,8 @@ def test_keys_that_are_no_text_are_spelt():
 
 
 @pytest.mark.parametrize(
-    "state", [{"a.b": 1, "a": {"b": 2}}, {"a": {1: 1, "1": 2}}, {"l": [T, T], "l.1": 3}, {"a": {"b.c": 1, "b": {"c": 1}}}]
+    "state",
+    [{"a.b": 1, "a": {"b": 2}}, {"a": {1: 1, "1": 2}}, {"l": [T, T], "l.1": 3}, {"a": {"b.c": 1, "b": {"c": 1}}}],
 )
 def test_two_paths_of_one_name_are_refused(state):
     with pytest.raises(Unsupported, match="twice in one state dict"):

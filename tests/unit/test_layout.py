@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import torch
+from support.plans import Held, local_plan
+
 from ckptd.checkpoint.layout import SMALL_ALIGNMENT_BYTES, item_record, make_layout
 from ckptd.staging.arena import ALIGNMENT_BYTES
-from support.plans import Held, local_plan
 
 
 def layout_of(held, assigned=None):

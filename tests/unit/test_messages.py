@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from support.messages import DECODERS, SAMPLES
+
 from ckptd.protocol.errors import BadMessage
 from ckptd.protocol.messages import PROTOCOL_VERSION, Heartbeat, Message, decode_attach_version, encode
-from support.messages import DECODERS, SAMPLES
 
 msgpack = msgspec.msgpack.encode
 
@@ -74,13 +75,25 @@ def test_a_message_is_immutable(decode, sample):
             setattr(sample, name, 1)
 
 
-GARBAGE = [b"", b"\xc1", b"\x00", b"hello", b"\x80", msgpack([1, 2]), msgpack({"type": "no such"}), msgpack({"type": 1})]
+GARBAGE = [
+    b"",
+    b"\xc1",
+    b"\x00",
+    b"hello",
+    b"\x80",
+    msgpack([1, 2]),
+    msgpack({"type": "no such"}),
+    msgpack({"type": 1}),
+]
 DEEP = b"\x91" * 100_000 + b"\x00"
+DEEP_FIELD = b"\x81\xa1x" + DEEP
 BAD_TEXT = b"\x81\xa4type\xa2\xff\xfe"
 
 
 @pytest.mark.parametrize("decode", [*DECODERS, decode_attach_version], ids=lambda decode: decode.__name__)
-@pytest.mark.parametrize("frame", [*GARBAGE, DEEP, BAD_TEXT, encode(Heartbeat())[:-1]], ids=lambda frame: repr(frame[:12]))
+@pytest.mark.parametrize(
+    "frame", [*GARBAGE, DEEP, DEEP_FIELD, BAD_TEXT, encode(Heartbeat())[:-1]], ids=lambda frame: repr(frame[:12])
+)
 def test_garbage_is_refused(decode, frame):
     with pytest.raises(BadMessage):
         decode(frame)

@@ -8,8 +8,9 @@ import mmap
 
 import pytest
 import torch
-from ckptd.staging.pin import CudaRegistrar, PinnedRanges, pin
 from support.streams import FakeRegistrar
+
+from ckptd.staging.pin import CudaRegistrar, PinnedRanges, pin
 
 GiB = 1 << 30
 BASE = 0x7F00_0000_0000

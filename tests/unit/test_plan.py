@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
+from support.plans import Held, assigned_names, index_places, local_plan, rows
+
 from ckptd.checkpoint.index import check_index
 from ckptd.checkpoint.items import BALANCED, LOWEST_RANK
 from ckptd.checkpoint.plan import make_plan
 from ckptd.protocol.errors import BadPlan
 from ckptd.staging.dtypes import OBJECT
-from support.plans import Held, assigned_names, index_places, local_plan, rows
 
 MiB = 1 << 18  # elements of float32
 
@@ -55,9 +58,7 @@ class TestWhoWritesWhat:
 
     def test_replicas_go_to_ranks_whose_own_shards_are_small(self):
         both = {"r": Held((MiB,))}
-        _, names = job(
-            {"w": rows(0, 7, of=(8, MiB)), **both}, {"w": rows(7, 8, of=(8, MiB)), **both}
-        )
+        _, names = job({"w": rows(0, 7, of=(8, MiB)), **both}, {"w": rows(7, 8, of=(8, MiB)), **both})
         assert names == [["w"], ["w", "r"]]
 
     def test_objects_are_replicas_too(self):
@@ -81,7 +82,7 @@ class TestWhoWritesWhat:
 
     def test_ranks_may_hold_names_in_any_order(self):
         plan, names = job({"a": Held((2,)), "b": Held((3, 3))}, {"b": Held((3, 3)), "c": Held((1,)), "a": Held((2,))})
-        assert sorted(sum(names, [])) == ["a", "b", "c"]
+        assert sorted(name for mine in names for name in mine) == ["a", "b", "c"]
         assert plan.index.names == ["a", "b", "c"]
         assert plan.index.shape.tolist() == [[2, 0], [3, 3], [1, 0]]
         assert plan.index.paths == [("a",), ("b",), ("c",)]
@@ -163,7 +164,7 @@ class TestWhatIsRefused:
 class TestRanksThatHaveStaged:
     """Fixed ranks staged under the plan before; what they staged stays as it is."""
 
-    both = {"r": Held((8,)), "q": Held((8,))}
+    both: ClassVar = {"r": Held((8,)), "q": Held((8,))}
 
     def test_what_is_staged_is_not_written_again(self):
         _, names = job(self.both, {**self.both, "new": Held((1,))}, fixed=[[0], None])

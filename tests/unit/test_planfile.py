@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.checkpoints import as_dict
+from support.plans import Held, local_plan, rows
+
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
 from ckptd.protocol.errors import BadMessage
-from support.checkpoints import as_dict
-from support.plans import Held, local_plan, rows
 
 PLAN = make_plan(
     [

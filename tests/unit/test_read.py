@@ -9,12 +9,13 @@ import os
 
 import numpy as np
 import pytest
+from support.images import random_bytes
+from xxhash import xxh3_64_intdigest
+
 from ckptd.checkpoint import read as read_module
 from ckptd.checkpoint.pagecache import PageCacheProbe
 from ckptd.checkpoint.read import Read, read_all
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
-from support.images import random_bytes
-from xxhash import xxh3_64_intdigest
 
 PAGE = 4096
 CHUNK = 4 * PAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ckptd.protocol.errors import RankMismatch, RankTaken
 from ckptd.protocol.session import Roster
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ckptd.protocol.errors import BadPlan, DeadlineExceeded, DiskFull, RankLost, RankMismatch, SaveSkipped
 from ckptd.protocol.save import (
     Abandon,

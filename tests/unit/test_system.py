@@ -7,6 +7,7 @@ import errno
 import os
 
 import pytest
+
 from ckptd.checkpoint import system
 from ckptd.checkpoint.system import named, preallocate, rename_exchange, rename_new, sync_directory, write_file
 from ckptd.protocol.errors import SystemCallFailed

@@ -8,11 +8,12 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from support.images import aligned, random_bytes, takes_direct
+from xxhash import xxh3_64_intdigest
+
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.write import Pace, Payloads, _Writing, write_image
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
-from support.images import aligned, random_bytes, takes_direct
-from xxhash import xxh3_64_intdigest
 
 PAGE = 4096
 DATA = random_bytes(10 * PAGE)

@@ -1,0 +1,218 @@
+"""What ckptd promises, held against one run. Tells; asserts nothing: a shared machine is no judge."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from benchmarks.summary import Summary
+
+_FLAT_BYTES: Final = 1 << 20  # CPython takes memory from the system in steps of 1 MiB: obmalloc.h, ARENA_SIZE
+_SLOWED_AT_MOST: Final = 0.05
+_RETURNS_WITHIN_S: Final = 2e-3
+_RETURNS_WITHIN_S_PER_TENSOR: Final = 5e-6
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One promise.
+
+    Attributes:
+        what: What was measured.
+        unit: Unit of ``ours``, ``stock`` and ``limit``.
+        stock: Stock's figures: one, or those of its thread and process executors.
+        limit: The machine's own figure, or the bound where the promise is a number.
+        ratio_of: What is divided by what.
+        relation: Whether the ratio must be at least or at most ``bound``.
+    """
+
+    number: int
+    what: str
+    unit: str
+    ours: float
+    stock: list[float]
+    limit: float | None
+    ratio_of: str
+    ratio: float
+    relation: Literal["≥", "≤"]
+    bound: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it was kept in this run."""
+        return self.ratio >= self.bound if self.relation == "≥" else self.ratio <= self.bound
+
+
+def targets_of(run: Summary) -> list[Target]:
+    """Return every promise with the figures of a run."""
+    return [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run), *_loading(run)]
+
+
+def _persisting(run: Summary) -> list[Target]:
+    ours, process, limits = run.systems["ckptd"], run.systems["process"], run.limits
+    return [
+        Target(
+            number=1,
+            what="seconds to durable, steady state",
+            unit="s",
+            ours=ours.durable_s,
+            stock=[process.durable_s],
+            limit=limits.durable_s(run.gigabytes),
+            ratio_of="torch process / ours",
+            ratio=process.durable_s / ours.durable_s,
+            relation="≥",
+            bound=2.5,
+        ),
+        Target(
+            number=1,
+            what="persist rate",
+            unit="GB/s",
+            ours=ours.persist_gb_per_s,
+            stock=[process.persist_gb_per_s],
+            limit=limits.write_gb_per_s,
+            ratio_of="ours / raw write",
+            ratio=ours.persist_gb_per_s / limits.write_gb_per_s,
+            relation="≥",
+            bound=0.85,
+        ),
+        Target(
+            number=2,
+            what="CPU of all processes",
+            unit="CPU-s/GB",
+            ours=ours.cpu_s_per_gb,
+            stock=[process.cpu_s_per_gb],
+            limit=limits.cpu_s_per_gb,
+            ratio_of="torch process / ours",
+            ratio=process.cpu_s_per_gb / ours.cpu_s_per_gb,
+            relation="≥",
+            bound=8.0,
+        ),
+    ]
+
+
+def _staging(run: Summary) -> list[Target]:
+    ours, process = run.systems["ckptd"], run.systems["process"]
+    memcpy_s = run.limits.memcpy_s(run.gigabytes)
+    targets = [
+        Target(
+            number=3,
+            what="stall, staged in the call",
+            unit="s",
+            ours=ours.stall_s,
+            stock=[process.stall_s],
+            limit=memcpy_s,
+            ratio_of="ours / memcpy",
+            ratio=ours.stall_s / memcpy_s,
+            relation="≤",
+            bound=1.15,
+        )
+    ]
+    if ours.background_return_s is not None:
+        within_s = _RETURNS_WITHIN_S + _RETURNS_WITHIN_S_PER_TENSOR * run.tensors
+        targets.append(
+            Target(
+                number=3,
+                what="stall, staged in the background",
+                unit="ms",
+                ours=ours.background_return_s * 1e3,
+                stock=[],
+                limit=within_s * 1e3,
+                ratio_of="ours / (2 ms + 5 us a tensor)",
+                ratio=ours.background_return_s / within_s,
+                relation="≤",
+                bound=1.0,
+            )
+        )
+    return targets
+
+
+def _steadiness(run: Summary) -> list[Target]:
+    ours, process = run.systems["ckptd"], run.systems["process"]
+    first = [
+        ("first save, seconds to durable", ours.first_durable_s, process.first_durable_s, ours.durable_s),
+        ("first save, stall", ours.first_stall_s, process.first_stall_s, ours.stall_s),
+    ]
+    return [
+        *(
+            Target(
+                number=4,
+                what=what,
+                unit="s",
+                ours=ours_s,
+                stock=[stock_s],
+                limit=None,
+                ratio_of="first / later",
+                ratio=ours_s / later_s,
+                relation="≤",
+                bound=1.3,
+            )
+            for what, ours_s, stock_s, later_s in first
+        ),
+        Target(
+            number=4,
+            what=f"resident memory, growth over {run.soak.saves[-1]} small saves",
+            unit="bytes",
+            ours=run.growth_bytes,
+            stock=[],
+            limit=_FLAT_BYTES,
+            ratio_of="ours / 1 MiB",
+            ratio=run.growth_bytes / _FLAT_BYTES,
+            relation="≤",
+            bound=1.0,
+        ),
+    ]
+
+
+def _slowdowns(run: Summary) -> list[Target]:
+    ours, stocks = run.systems["ckptd"], [run.systems["thread"], run.systems["process"]]
+    return [
+        Target(
+            number=5,
+            what=f"matmul loop slowed, {threads} {'thread' if threads == 1 else 'threads'}",
+            unit="%",
+            ours=slowed * 100,
+            stock=[stock.slowed[threads] * 100 for stock in stocks if threads in stock.slowed],
+            limit=_SLOWED_AT_MOST * 100,
+            ratio_of="ours / 5 %",
+            ratio=slowed / _SLOWED_AT_MOST,
+            relation="≤",
+            bound=1.0,
+        )
+        for threads, slowed in ours.slowed.items()
+    ]
+
+
+def _loading(run: Summary) -> list[Target]:
+    ours, stock, limits = run.systems["ckptd"], run.systems["sync"], run.limits
+    targets = []
+    if ours.cold_load_gb_per_s and stock.cold_load_gb_per_s:
+        targets.append(
+            Target(
+                number=6,
+                what="load, cold",
+                unit="GB/s",
+                ours=ours.cold_load_gb_per_s,
+                stock=[stock.cold_load_gb_per_s],
+                limit=limits.read_gb_per_s,
+                ratio_of="ours / raw read",
+                ratio=ours.cold_load_gb_per_s / limits.read_gb_per_s,
+                relation="≥",
+                bound=0.85,
+            )
+        )
+    if ours.warm_load_gb_per_s and stock.warm_load_gb_per_s:
+        targets.append(
+            Target(
+                number=6,
+                what="load, warm",
+                unit="GB/s",
+                ours=ours.warm_load_gb_per_s,
+                stock=[stock.warm_load_gb_per_s],
+                limit=None,
+                ratio_of="ours / torch",
+                ratio=ours.warm_load_gb_per_s / stock.warm_load_gb_per_s,
+                relation="≥",
+                bound=1.5,
+            )
+        )
+    return targets
