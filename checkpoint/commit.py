@@ -11,15 +11,18 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_64_intdigest
 
+from ckptd.checkpoint.foreign import link_foreign, move_late_foreign
 from ckptd.checkpoint.frame import METADATA_HASH, frame_header
 from ckptd.checkpoint.index import Index, encode_index
 from ckptd.checkpoint.metadata_pickle import encode_metadata
-from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, is_checkpoint_file
+from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
 from ckptd.checkpoint.planfile import StoredPlan
 from ckptd.checkpoint.system import named, rename_exchange, rename_new, sync_directory, write_file
 from ckptd.protocol.errors import SystemCallFailed
@@ -41,8 +44,21 @@ def prepare_directory(directory: str) -> None:
         sync_directory(os.path.dirname(new))
 
 
+def discard_save(directory: str) -> None:
+    """Remove what a failed save has written, unless an old checkpoint has got its hidden name in exchange.
+
+    A commit that was killed between its rename and its answer is told to have failed; the old checkpoint stays then,
+    under the hidden name, rather than being deleted on a guess.
+    """
+    if os.path.exists(os.path.join(directory, METADATA_NAME)):
+        save_id = _save_id_of(directory)
+        if save_id is None or not directory.endswith(save_id):
+            return
+    discard(directory)
+
+
 def discard(directory: str) -> None:
-    """Remove a hidden directory and what is in it; that it is gone already is no error."""
+    """Remove a directory and what is in it; that it is gone already is no error."""
     try:
         shutil.rmtree(directory)
     except FileNotFoundError:
@@ -99,35 +115,51 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
 def publish(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
     """Give a complete, durable directory its name, in one step; see the module's invariant."""
     parent = os.path.dirname(checkpoint_id)
+    undo = _give_name(directory, checkpoint_id, overwrite=overwrite)
+    try:
+        sync_directory(parent)
+    except SystemCallFailed:
+        undo()  # the new name is not durable, so the save fails, and the id shows what it showed before
+        raise
+
+
+def _give_name(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable[[], object]:
+    """Make the rename, and return what would take it back."""
     try:
         if rename_new(directory, checkpoint_id):
-            sync_directory(parent)
-            return
+            return partial(rename_new, checkpoint_id, directory)
     except SystemCallFailed as error:
         if error.errno != errno.EEXIST or not overwrite:
             raise
-    _replace(directory, checkpoint_id, overwrite=overwrite)
-    sync_directory(parent)
+    return _replace(directory, checkpoint_id, overwrite=overwrite)
 
 
-def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
+def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable[[], object]:
     exists = os.path.lexists(checkpoint_id)
     if exists and not overwrite:
         raise SystemCallFailed("rename", checkpoint_id, errno.EEXIST)
     if not exists:
         named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
-        return
+        return partial(os.rename, checkpoint_id, directory)
     if not os.path.isdir(checkpoint_id) or os.path.islink(checkpoint_id):
         raise SystemCallFailed("rename", checkpoint_id, errno.ENOTDIR)
-    _keep_foreign(checkpoint_id, directory)
-    if not rename_exchange(directory, checkpoint_id):
-        old = f"{directory}.old"
-        named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, old))
-        try:
-            named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
-        except SystemCallFailed:
-            os.rename(old, checkpoint_id)
-            raise
+    link_foreign(checkpoint_id, directory)
+    if rename_exchange(directory, checkpoint_id):
+        return partial(rename_exchange, directory, checkpoint_id)
+    old = f"{directory}.old"
+    named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, old))
+
+    def undo() -> None:
+        if os.path.lexists(checkpoint_id):
+            os.rename(checkpoint_id, directory)
+        os.rename(old, checkpoint_id)
+
+    try:
+        named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
+    except SystemCallFailed:
+        undo()
+        raise
+    return undo
 
 
 def _save_id_of(checkpoint_id: str) -> str | None:
@@ -144,40 +176,5 @@ def _clear_away(directory: str, checkpoint_id: str) -> None:
     """Remove the old checkpoint, which got the hidden name in exchange, or ``.old`` where names cannot be exchanged."""
     for old in (directory, f"{directory}.old"):
         if os.path.isdir(old):
-            _move_late_foreign(old, checkpoint_id)
+            move_late_foreign(old, checkpoint_id)
             discard(old)
-
-
-def _keep_foreign(old: str, new: str) -> None:
-    """Link what the user put beside the old checkpoint into the new one, so that no moment is without it."""
-    for entry in sorted(os.listdir(old)):
-        source, target = os.path.join(old, entry), os.path.join(new, entry)
-        if is_checkpoint_file(entry) or os.path.lexists(target):
-            continue
-        if os.path.isdir(source) and not os.path.islink(source):
-            named("mkdir", target, lambda source=source, target=target: _link_tree(source, target))  # type: ignore[misc]
-        else:
-            named("link", target, lambda source=source, target=target: _link(source, target))  # type: ignore[misc]
-    sync_directory(new)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
-            raise
-        shutil.copy2(source, target, follow_symlinks=False)  # a file system without hard links
-
-
-def _link_tree(source: str, target: str) -> None:
-    shutil.copytree(source, target, symlinks=True, copy_function=_link)
-
-
-def _move_late_foreign(old: str, new: str) -> None:
-    """Move what appeared in the old directory after it was looked through; nothing of the user's is deleted."""
-    for entry in sorted(os.listdir(old)):
-        target = os.path.join(new, entry)
-        if not is_checkpoint_file(entry) and not os.path.lexists(target):
-            source = os.path.join(old, entry)
-            named("rename", target, lambda source=source, target=target: os.rename(source, target))  # type: ignore[misc]

@@ -102,6 +102,11 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         with contextlib.suppress(InvalidStateError):
             self.set_result(None)
 
+    def note_staging_failed(self, error: CkptdError) -> None:
+        """The tensors were not staged; whether the save fails is for the daemon to say, to all ranks alike."""
+        with contextlib.suppress(InvalidStateError):
+            self.staging_completion.set_exception(error)
+
     def note_failed(self, error: CkptdError) -> None:
         """The save failed, before or after it was staged. Two threads may find so at once: the first one counts."""
         with contextlib.suppress(InvalidStateError):

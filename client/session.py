@@ -341,8 +341,7 @@ class Session:
 
     def _give_up(self, save: _Save, error: CkptdError) -> None:
         save.snapshot = None
-        if not save.future.staging_completion.done():
-            save.future.staging_completion.set_exception(error)
+        save.future.note_staging_failed(error)
         if self.live and not save.future.done():
             # The daemon tells all ranks alike, this one included.
             self._link.send(GaveUp(save.sequence, save.request.checkpoint_id, error.report()))

@@ -53,7 +53,6 @@ class Generation:
     begun_unix_s: float = field(default_factory=time.time)
     news_at_s: float = field(default_factory=time.monotonic)
     ended_at_s: float | None = None
-    waits_for_older: bool = False
     work: set[asyncio.Task[None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

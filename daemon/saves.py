@@ -146,7 +146,9 @@ class Saves:
         now = time.monotonic()
         for generation in list(self.generations.values()):
             silent_s = now - generation.news_at_s
-            if silent_s > self._crew.progress_timeout_s and not generation.waits_for_older:
+            # A commit has its worker's deadline: given up from outside it might be published all the same.
+            committing = generation.rules.state is rules.State.COMMITTING
+            if silent_s > self._crew.progress_timeout_s and not committing:
                 error = DeadlineExceeded(generation.waiting_for(), silent_s)
                 self._apply(generation, rules.Broke(error))
 
@@ -327,11 +329,9 @@ class Saves:
         self._tell(generation, news)
 
     async def _commit(self, generation: Generation) -> None:
-        generation.waits_for_older = True
         for older in list(self.generations.values()):
             if older is not generation and older.begun_at_s < generation.begun_at_s:
                 await older.ended.wait()
-        generation.waits_for_older = False
         generation.note_news()
         begun = time.monotonic()
         plan = generation.plan

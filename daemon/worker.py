@@ -21,7 +21,7 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ckptd.checkpoint.commit import commit, discard, prepare_directory
+from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
 from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
@@ -137,7 +137,7 @@ class Worker:
             case CommitTask():
                 return CommitDone(commit(load_plan(task.plan_path), task))
             case DiscardTask():
-                discard(task.directory)
+                discard_save(task.directory)
                 return DiscardDone()
         assert_never(task)
 

@@ -86,10 +86,8 @@ class ProtocolMismatch(RequestError):
 
     def __str__(self) -> str:
         older = "client" if self.client < self.daemon else "daemon"
-        return (
-            f"client speaks protocol {self.client}, daemon speaks {self.daemon}: "
-            f"upgrade the {older} (pip install --upgrade ckptd) and restart it"
-        )
+        versions = f"client speaks protocol {self.client}, daemon speaks {self.daemon}"
+        return f"{versions}: upgrade the {older} (pip install --upgrade ckptd) and restart it"
 
 
 @dataclass(eq=False)
@@ -112,8 +110,7 @@ class Forbidden(RequestError):
 
     def __str__(self) -> str:
         return (
-            f"uid {self.uid} may not use the daemon of uid {self.owner_uid}; "
-            "start one of your own or use the system service"
+            f"uid {self.uid} may not use the daemon of uid {self.owner_uid}; start your own or use the system service"
         )
 
 
@@ -247,10 +244,8 @@ class SlotTooSmall(CapacityError):
     slot_bytes: int
 
     def __str__(self) -> str:
-        return (
-            f"this rank's part needs {self.wanted_bytes} bytes, a slot has {self.slot_bytes}; "
-            "raise connect(slot_bytes=...) or leave it out"
-        )
+        sizes = f"this rank's part needs {self.wanted_bytes} bytes, a slot has {self.slot_bytes}"
+        return f"{sizes}; raise connect(slot_bytes=...) or leave it out"
 
 
 @dataclass(eq=False)
@@ -262,10 +257,8 @@ class SlotsBusy(CapacityError):
     waited_s: float
 
     def __str__(self) -> str:
-        return (
-            f"all {self.slots} slots are still being written after {self.waited_s:.1f} s; "
-            "save less often, or connect(slots=...) with more"
-        )
+        waited = f"all {self.slots} slots are still being written after {self.waited_s:.1f} s"
+        return f"{waited}; save less often, or connect(slots=...) with more"
 
 
 @dataclass(eq=False)
@@ -340,10 +333,8 @@ class TruncatedFile(StorageError):
     found_bytes: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.path} has {self.found_bytes} bytes, the index needs {self.wanted_bytes}: "
-            "it was cut short; load another checkpoint"
-        )
+        sizes = f"{self.path} has {self.found_bytes} bytes, the index needs {self.wanted_bytes}"
+        return f"{sizes}: it was cut short; load another checkpoint"
 
 
 @dataclass(eq=False)
@@ -356,10 +347,8 @@ class WrongBits(StorageError):
     offset: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: item {self.item!r} at offset {self.offset} does not match its hash: "
-            "the file was damaged after it was saved; load another checkpoint"
-        )
+        where = f"{self.path}: item {self.item!r} at offset {self.offset} does not match its hash"
+        return f"{where}: the file was damaged after it was saved; load another checkpoint"
 
 
 @dataclass(eq=False)

@@ -51,11 +51,13 @@ class CudaSideStream:
     def copy(self, pairs: Sequence[Pair]) -> None:
         """Queue copies behind the mark; the allocator is told that the sources are in use."""
         self._stream.wait_event(self._ready)
-        with torch.cuda.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-                source.record_stream(self._stream)
-        self._done.record(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+                    source.record_stream(self._stream)
+        finally:
+            self._done.record(self._stream)  # after a failure, too: what was queued is still being copied
 
     def wait(self) -> None:
         """Wait for the event, not for the device."""

@@ -1,4 +1,4 @@
-"""Too little room, or a place that cannot be written: refused with path and numbers, nothing left, the next one works."""
+"""Too little room, or no way to write: refused with path and numbers, nothing left behind, and the next save works."""
 
 import os
 import re

@@ -13,7 +13,8 @@ from support.images import aligned
 from support.plans import Held, local_plan, make_image, rows
 
 from ckptd.checkpoint import commit as commit_module
-from ckptd.checkpoint.commit import commit, discard, prepare_directory, publish
+from ckptd.checkpoint import foreign as foreign_module
+from ckptd.checkpoint.commit import commit, discard, discard_save, prepare_directory, publish
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.plan import make_plan
@@ -255,8 +256,10 @@ class Cut:
 
     def __init__(self, monkeypatch, *names: str, at: int) -> None:
         self.at, self.called, self.failed = at, [], ""
-        for name in names:
-            monkeypatch.setattr(commit_module, name, self._watch(name, getattr(commit_module, name)))
+        for module in (commit_module, foreign_module):
+            for name in names:
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, self._watch(name, getattr(module, name)))
 
     def _watch(self, name, real):
         def call(*arguments):
@@ -270,8 +273,8 @@ class Cut:
 
 
 class TestAFailure:
-    @pytest.mark.parametrize("at", range(1, 8))
-    def test_anywhere_leaves_the_old_checkpoint_or_the_new_one(self, plan, checkpoint_id, monkeypatch, at):
+    @pytest.mark.parametrize("at", range(1, 9))
+    def test_anywhere_leaves_the_old_checkpoint(self, plan, checkpoint_id, monkeypatch, at):
         save(plan, checkpoint_id, seed=1)
         (Path(checkpoint_id) / "notes.txt").write_text("mine")
         task = write_images(plan, checkpoint_id, seed=2)
@@ -279,10 +282,10 @@ class TestAFailure:
             Cut(patch, "write_file", "sync_directory", "rename_new", "rename_exchange", "_link", at=at)
             with pytest.raises(SystemCallFailed, match="cut"):
                 commit(plan, task)
-        # write index and metadata, sync, rename_new (EEXIST), link notes, sync, exchange
+        # write index and metadata, sync, rename_new (EEXIST), link notes, sync, exchange, sync the parent
         assert standing(checkpoint_id) == "save1"
         assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
-        discard(task.directory)
+        discard_save(task.directory)
         assert standing(checkpoint_id) == "save1"
         assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
         assert siblings(checkpoint_id) == ["step-7"]
@@ -312,19 +315,61 @@ class TestAFailure:
                 return
             with pytest.raises(SystemCallFailed, match="rename"):
                 commit(plan, task)
-        discard(task.directory)
+        discard_save(task.directory)
         assert siblings(checkpoint_id) == (["step-7"] if existing else [])
         assert not existing or standing(checkpoint_id) == "save1"
 
-    def test_of_the_last_sync_leaves_a_whole_checkpoint(self, plan, checkpoint_id, monkeypatch):
+    @pytest.mark.parametrize("exchange", [True, False])
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_of_the_last_sync_takes_the_new_name_back(self, plan, checkpoint_id, monkeypatch, existing, exchange):
+        if existing:
+            save(plan, checkpoint_id, seed=1)
+        task = write_images(plan, checkpoint_id, seed=2)
+        real, parent = commit_module.sync_directory, os.path.dirname(checkpoint_id)
+
+        def fail(path):
+            if path == parent:
+                raise SystemCallFailed("fsync", path, errno.EIO)
+            real(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(commit_module, "sync_directory", fail)
+            if not exchange:
+                patch.setattr(commit_module, "rename_new", lambda source, target: False)
+                patch.setattr(commit_module, "rename_exchange", lambda one, other: False)
+            with pytest.raises(SystemCallFailed, match="fsync"):
+                commit(plan, task)
+        discard_save(task.directory)
+        assert siblings(checkpoint_id) == (["step-7"] if existing else [])
+        assert not existing or standing(checkpoint_id) == "save1"
+
+    def test_a_failed_save_never_removes_an_old_checkpoint_that_has_its_hidden_name(self, plan, checkpoint_id):
         save(plan, checkpoint_id, seed=1)
         task = write_images(plan, checkpoint_id, seed=2)
-        with monkeypatch.context() as patch:
-            Cut(patch, "write_file", "sync_directory", "rename_new", "rename_exchange", at=7)
-            with pytest.raises(SystemCallFailed, match="cut"):
-                commit(plan, task)
-        discard(task.directory)
-        assert standing(checkpoint_id) in {"save1", "save2"}
+        commit_module.discard(task.directory)
+        os.rename(checkpoint_id, task.directory)  # as an exchange leaves it if its worker is killed
+        discard_save(task.directory)
+        assert standing(task.directory) == "save1"
+
+    def test_what_was_replaced_in_a_foreign_folder_between_link_and_exchange_wins(
+        self, plan, checkpoint_id, monkeypatch
+    ):
+        save(plan, checkpoint_id, seed=1)
+        notes = Path(checkpoint_id) / "logs" / "notes.txt"
+        notes.parent.mkdir()
+        notes.write_text("first")
+        exchange = commit_module.rename_exchange
+
+        def late(one, other):
+            (notes.parent / "late.txt").write_text("late")
+            (notes.parent / "draft").write_text("second")
+            os.replace(notes.parent / "draft", notes)
+            return exchange(one, other)
+
+        monkeypatch.setattr(commit_module, "rename_exchange", late)
+        save(plan, checkpoint_id, seed=2)
+        assert notes.read_text() == "second"
+        assert (notes.parent / "late.txt").read_text() == "late"
 
 
 class TestDiscard:

@@ -21,7 +21,6 @@ MAY_IMPORT = {
 NOT_FOR_PROTOCOL = {"torch", "zmq", "asyncio", "numpy", "uvloop", "aiohttp"}
 MOST_LINES = 500
 # The one tree of errors is read as one page.
-LONGER = {"protocol/errors.py": 520}
 
 
 def module_name(file: Path) -> str:
@@ -86,8 +85,7 @@ def test_no_module_imports_itself_by_a_detour():
 @modules
 def test_a_file_has_no_more_lines_than_a_reader(name):
     file = FILES[name]
-    limit = LONGER.get(file.relative_to(ROOT).as_posix(), MOST_LINES)
-    assert len(file.read_text(encoding="utf-8").splitlines()) < limit
+    assert len(file.read_text(encoding="utf-8").splitlines()) < MOST_LINES
 
 
 def test_no_file_is_named_for_nothing():
