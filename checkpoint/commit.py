@@ -61,7 +61,7 @@ def discard(directory: str) -> None:
     """Remove a directory and what is in it; that it is gone already is no error."""
     try:
         shutil.rmtree(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise SystemCallFailed("unlink", error.filename or directory, error.errno or errno.EIO) from None

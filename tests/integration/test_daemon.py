@@ -66,6 +66,7 @@ def test_status_tells_of_a_save_under_way_done_and_failed(daemon, client, tmp_pa
     client.save(state(), checkpoint_id=tmp_path / "done")
     (tmp_path / "file").touch()
     client.async_save(state(), checkpoint_id=tmp_path / "file" / "failed").exception(30)
+    wait_until(lambda: daemon.metric('ckptd_slots{state="free"}') == 2, "the end of the failed save's cleaning up")
     with stopped(*daemon.workers()):
         future = client.async_save(state(), checkpoint_id=tmp_path / "under way")
         daemon.wait_for_save(tmp_path / "under way", lambda save: save["state"] == "staged")

@@ -76,9 +76,7 @@ def test_columns_of_any_integers_are_refused_or_read_as_written(data):
     limits = np.iinfo(column.dtype)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, column.size - 1))
-        column.flat[at] = data.draw(
-            st.integers(limits.min, limits.max) | st.integers(max(-3, limits.min), 10)
-        )
+        column.flat[at] = data.draw(st.integers(limits.min, limits.max) | st.integers(max(-3, limits.min), 10))
     changed = dataclasses.replace(INDEX, **{name: column})
     try:
         decoded = decode_index(pack_index(changed), "here")

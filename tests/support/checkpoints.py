@@ -122,10 +122,7 @@ def many_items(count: int) -> Index:
 
 def as_dict(index: Index) -> dict[str, object]:
     """Return an index in a form that ``==`` can compare."""
-    return {
-        name: value.tolist() if isinstance(value, np.ndarray) else value
-        for name, value in vars(index).items()
-    }
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(index).items()}
 
 
 def items_of(index: Index) -> set[tuple[object, ...]]:

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType
 
 import pytest
+
 from ckptd import __version__
 from ckptd.daemon import cli
 from ckptd.protocol.errors import CkptdError, UnknownCheckpoint, WrongBits
@@ -19,9 +20,7 @@ GENERATION = {
 SESSION = {"rank": 0, "pid": 42, "slot_bytes": 4096, "silent_s": 0.5}
 JOB = {
     **{"job": "gpt", "incarnation": 1, "uid": 7, "world_size": 2, "generations": [GENERATION]},
-    "sessions": [
-        {**SESSION, "slots": [{"state": "persisting", "sequence": 3}, {"state": "free", "sequence": None}]}
-    ],
+    "sessions": [{**SESSION, "slots": [{"state": "persisting", "sequence": 3}, {"state": "free", "sequence": None}]}],
 }
 STATUS = {
     **{"pid": 11, "version": "9.9", "http": "127.0.0.1:1", "mode": "user", "runtime_dir": "/r"},

@@ -1,4 +1,5 @@
 import pytest
+
 from ckptd.daemon.config import Config, load_config, parse_address
 from ckptd.protocol.errors import BY_CODE, BadConfig, from_report
 
@@ -90,9 +91,7 @@ def test_what_is_no_toml_is_refused(write, text):
 
 def test_a_missing_file_is_not_the_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("CKPTD_CONFIG", str(tmp_path / "gone.toml"))
-    with pytest.raises(
-        BadConfig, match=r"gone\.toml: No such file or directory; correct or unset CKPTD_CONFIG"
-    ):
+    with pytest.raises(BadConfig, match=r"gone\.toml: No such file or directory; correct or unset CKPTD_CONFIG"):
         load_config()
 
 

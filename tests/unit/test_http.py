@@ -4,6 +4,7 @@ import socket
 
 import pytest
 from aiohttp import ClientSession
+
 from ckptd.daemon.http import _listen, is_our_host, render_page, start_http
 from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed

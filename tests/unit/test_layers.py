@@ -20,7 +20,6 @@ MAY_IMPORT = {
 }
 NOT_FOR_PROTOCOL = {"torch", "zmq", "asyncio", "numpy", "uvloop", "aiohttp"}
 MOST_LINES = 500
-# The one tree of errors is read as one page.
 
 
 def module_name(file: Path) -> str:

@@ -61,9 +61,7 @@ def test_torch_unpickles_what_stock_would_have_made(index):
     ours = pickle.loads(encode_metadata(index, checkpoint_id="/a/b", save_id="c"))
     theirs = by_hand(index, Path("/a/b"), "c")
     assert ours == theirs
-    assert repr(ours.state_dict_metadata) == repr(
-        theirs.state_dict_metadata
-    )  # the same types in the same order
+    assert repr(ours.state_dict_metadata) == repr(theirs.state_dict_metadata)  # the same types in the same order
     assert type(ours.state_dict_metadata["model.w"].chunks[0].sizes) is torch.Size
     assert {type(key.offset) for key in ours.storage_data} == {torch.Size, type(None)}
     assert {key.index for key in ours.storage_data} == {None}
@@ -81,9 +79,7 @@ def test_a_url_stays_text(index):
 
 def test_items_in_any_order_belong_to_their_names(index):
     order = np.random.default_rng(3).permutation(len(index.item_name))
-    fields = [
-        field.name for field in dataclasses.fields(Index) if field.name.startswith(("item", "record", "data"))
-    ]
+    fields = [field.name for field in dataclasses.fields(Index) if field.name.startswith(("item", "record", "data"))]
     shuffled = dataclasses.replace(index, **{name: getattr(index, name)[order] for name in fields})
     ours = pickle.loads(encode_metadata(shuffled, checkpoint_id="/a", save_id="c"))
     assert ours == by_hand(shuffled, Path("/a"), "c")
@@ -104,9 +100,7 @@ def test_numbers_and_texts_of_every_width(index):
 def test_more_than_256_files(index):
     files = [f"__{rank}_0.distcp" for rank in range(400)]
     many = dataclasses.replace(many_items(400), files=files, item_file=np.arange(400, dtype=np.int32))
-    assert pickle.loads(encode_metadata(many, checkpoint_id="/a", save_id="c")) == by_hand(
-        many, Path("/a"), "c"
-    )
+    assert pickle.loads(encode_metadata(many, checkpoint_id="/a", save_id="c")) == by_hand(many, Path("/a"), "c")
 
 
 def test_equal_properties_are_not_one_object():

@@ -1,6 +1,8 @@
 from typing import get_args
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from ckptd import __version__
 from ckptd.daemon.metrics import (
     CONTENT_TYPE,
@@ -24,7 +26,6 @@ from ckptd.protocol.errors import (
     UnexpectedError,
     for_rank,
 )
-from prometheus_client.parser import text_string_to_metric_families
 
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {

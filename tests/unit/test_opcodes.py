@@ -40,9 +40,7 @@ def test_what_is_kept_is_fetched():
     table = split(rows([b"(", get_each(np.array([0, 299])), push_each(np.array([1, 2])), b"t"], 2))
     made = b"".join(memo.preamble)
     assert first == 300
-    assert pickle.loads(b"\x80\x04" + made + b"(" + b"".join(kept) + b"l.") == [
-        f"text {row}" for row in range(300)
-    ]
+    assert pickle.loads(b"\x80\x04" + made + b"(" + b"".join(kept) + b"l.") == [f"text {row}" for row in range(300)]
     assert [pickle.loads(b"\x80\x04" + made + line + b".") for line in table] == [
         ("text 0", 1),
         ("text 299", 2),

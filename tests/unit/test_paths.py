@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from ckptd.protocol.errors import BadConfig
 from ckptd.protocol.paths import (
     SOCKET_PATH_BYTES,

@@ -26,9 +26,7 @@ def facts(report):
 def test_a_good_checkpoint_has_no_faults(tmp_path, threads):
     index = write_checkpoint(tmp_path)
     news = []
-    report = verify_checkpoint(
-        str(tmp_path), threads=threads, progress=lambda done, total: news.append((done, total))
-    )
+    report = verify_checkpoint(str(tmp_path), threads=threads, progress=lambda done, total: news.append((done, total)))
     assert report.good
     assert report.hashes_checked
     assert (report.path, report.items) == (str(tmp_path), len(index.item_name))
