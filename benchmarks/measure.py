@@ -1,9 +1,10 @@
 """Measures what a save costs the machine: CPU time and memory of a set of processes, and the page cache.
 
-*Extra memory* is the proportional set size (Pss: private pages plus each process's share of common ones) summed
-over the trainer, its descendants, the daemon and its workers, less that of the trainer before it opened its saver. It
-counts staging memory once, however many processes map it. Page cache is the kernel's and is not in it: what waits in
-the page cache to be written is told apart, for the whole machine.
+*Memory* is what a process holds of the machine's memory: anonymous and shared-memory pages that are resident, those
+that several processes map counted once (proportional set size). *Extra memory* is that of the trainer, its descendants,
+the daemon and its workers, less the trainer's before it opened its saver. Pages of files are the kernel's to take back
+and are not in it: libraries, whose share depends on who else runs Python here, and the page cache; how much of that
+waits to be written is told apart, for the whole machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Final
 import psutil
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Lines of smaps_rollup; a shared-memory page that n processes map adds a page / n to each of them. Linux 5.4 or later.
+_COUNTED: Final = ("Pss_Anon:", "Pss_Shmem:")
 _SAMPLE_INTERVAL_S: Final = 0.02
 _READ_BYTES: Final = 8 << 20
 # ext4 hands the freed blocks of a deleted checkpoint to the disk (mount option "discard") after the commit that sync
@@ -86,26 +89,18 @@ def _clock_s(pid: int) -> float:
     return time.clock_gettime(clock.value)
 
 
-def resident_bytes(processes: Iterable[psutil.Process]) -> int:
-    """Return the sum of the resident set sizes in bytes."""
-    total = 0
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return total
+def memory_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Return the resident memory of processes in bytes: private pages, and common ones counted once."""
+    return sum(_memory_bytes(process.pid) for process in processes)
 
 
-def proportional_bytes(processes: Iterable[psutil.Process]) -> int:
-    """Return the sum of the proportional set sizes in bytes."""
-    return sum(_proportional_bytes(process.pid) for process in processes)
-
-
-def _proportional_bytes(pid: int) -> int:
+def _memory_bytes(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii")
     except (FileNotFoundError, ProcessLookupError):
         return 0  # it has ended meanwhile
-    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
+    counted = (line.split() for line in text.splitlines() if line.startswith(_COUNTED))
+    return sum(int(words[1]) * 1024 for words in counted)
 
 
 def _dirty_bytes() -> int:
@@ -117,7 +112,7 @@ class PeakMemory:
     """Samples memory in a thread while its block runs; slows what runs beside it, so nothing is timed there.
 
     Attributes:
-        peak_bytes: Largest sum of the proportional set sizes.
+        peak_bytes: Most memory of all the processes together.
         peak_dirty_bytes: Most page cache of the machine that waited to be written.
     """
 
@@ -129,7 +124,7 @@ class PeakMemory:
 
     def _sample_until_over(self) -> None:
         while not self._over.wait(_SAMPLE_INTERVAL_S):
-            self.peak_bytes = max(self.peak_bytes, proportional_bytes(family(self._others)))
+            self.peak_bytes = max(self.peak_bytes, memory_bytes(family(self._others)))
             self.peak_dirty_bytes = max(self.peak_dirty_bytes, _dirty_bytes())
 
     def __enter__(self) -> PeakMemory:

@@ -21,7 +21,7 @@ _WIDTH: Final = 150
 _QUIET_SHARE: Final = 0.06
 _NOTES: Final = (
     "Medians of the saves after each process's first. CPU and memory: of trainer, daemon, workers and helpers.",
-    "Extra memory: proportional set sizes above those of a trainer that does not save; page cache is not in it.",
+    "Extra memory: anonymous and shared, above that of a trainer that does not save; page cache is not in it.",
     "Lost: the stall, and what the save slows a matmul loop with torch's default threads.",
     "Stock loads alike in all its modes.",
 )
@@ -118,7 +118,13 @@ def _figures(run: Summary, systems: list[SystemSummary]) -> list[tuple[str, floa
     ]
     for threads in systems[0].slowed:
         slowed: Figures = [_percent(s.slowed.get(threads)) for s in systems]
-        rows.append((f"matmul loop slowed, {threads} thread{'s' * (threads > 1)}, %", None, slowed))
+        rows.append(
+            (
+                f"matmul loop slowed, {threads} thread{'s' * (threads > 1)}, %",
+                _percent(limits.slowed.get(threads)),
+                slowed,
+            )
+        )
     return [
         *rows,
         ("lost by the trainer in a save, s", limits.memcpy_s(gigabytes), [s.lost_s for s in systems]),

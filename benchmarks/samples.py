@@ -89,13 +89,17 @@ class SystemResult(Sample, frozen=True):
 
 
 class LimitsResult(Sample, frozen=True):
-    """What the machine can do with as many bytes: seconds of each repetition."""
+    """What the machine can do with as many bytes: seconds of each repetition.
+
+    ``slowdowns``: a matmul loop beside nothing but the raw write.
+    """
 
     nbytes: int
     memcpy_s: list[float]
     write_s: list[float]
     write_cpu_s: list[float]
     read_s: list[float]
+    slowdowns: list[SlowdownSample]
 
 
 class SoakResult(Sample, frozen=True):

@@ -10,7 +10,7 @@ from statistics import median
 
 import msgspec
 
-from benchmarks.samples import LimitsResult, Result, SaveSample, SoakResult, SystemResult
+from benchmarks.samples import LimitsResult, Result, SaveSample, SlowdownSample, SoakResult, SystemResult
 
 
 class SystemSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +50,7 @@ class LimitsSummary(msgspec.Struct, frozen=True, kw_only=True):
     write_gb_per_s: float
     write_cpu_s_per_gb: float
     read_gb_per_s: float
+    slowed: dict[int, float]
 
     def memcpy_s(self, gigabytes: float) -> float:
         """Return the seconds of one memcpy of so many GB."""
@@ -109,7 +110,7 @@ def _summarize_system(rounds: list[SystemResult]) -> SystemSummary:
     steady = [sample for result in rounds for sample in result.steady]
     background = [sample.stall_s for result in rounds for sample in result.background]
     stall_s = _median(steady, lambda sample: sample.stall_s)
-    slowed, window_s = _slowdowns(rounds)
+    slowed, window_s = _slowdowns([sample for result in rounds for sample in result.slowdowns])
     return SystemSummary(
         saves=len(steady),
         open_s=median(result.open_s for result in rounds),
@@ -129,9 +130,8 @@ def _summarize_system(rounds: list[SystemResult]) -> SystemSummary:
     )
 
 
-def _slowdowns(rounds: list[SystemResult]) -> tuple[dict[int, float], float]:
+def _slowdowns(samples: list[SlowdownSample]) -> tuple[dict[int, float], float]:
     """Return the median slowdown by threads, and the median window in seconds with the most threads."""
-    samples = [sample for result in rounds for sample in result.slowdowns]
     threads = sorted({sample.threads for sample in samples}, reverse=True)
     slowed = {n: median(sample.slowed for sample in samples if sample.threads == n) for n in threads}
     window_s = median([s.window_s for s in samples if s.threads == threads[0]]) if threads else 0.0
@@ -145,6 +145,7 @@ def _summarize_limits(rounds: list[LimitsResult]) -> LimitsSummary:
         write_gb_per_s=gigabytes / median(s for result in rounds for s in result.write_s),
         write_cpu_s_per_gb=median(s for result in rounds for s in result.write_cpu_s) / gigabytes,
         read_gb_per_s=gigabytes / median(s for result in rounds for s in result.read_s),
+        slowed=_slowdowns([sample for result in rounds for sample in result.slowdowns])[0],
     )
 
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from benchmarks import measure
+from benchmarks.matmul import slowdown_beside, thread_counts
 from benchmarks.samples import SaveSample, SlowdownSample, SoakResult, SystemResult
 from benchmarks.systems import Ckptd, Pending, System
 from benchmarks.workload import StateDict, bytes_of, clear, digest_of, make_state_dict, tensors_of
 
-# 0.7 to 2.6 ms an iteration on one core of the last ten years: short beside the shortest save.
-_MATMUL_WIDTH: Final = 512
-_IDLE_WINDOW_S: Final = 0.75
-_WARM_UP_S: Final = 0.3
 _SOAK_WARM_UP_SAVES: Final = 20
 _SOAK_STEP_SAVES: Final = 20
 
@@ -63,7 +59,7 @@ class Trial:
         """Measure everything that applies to the system."""
         self._tell("making the state dict")
         state = make_state_dict(scope.nbytes, scope.tensors)
-        without = measure.proportional_bytes(measure.family())
+        without = measure.memory_bytes(measure.family())
         try:
             self._tell("opening")
             begun = time.perf_counter()
@@ -151,34 +147,24 @@ class Trial:
     # --- a matmul loop beside a save -----------------------------------------------------------------------------
 
     def _slowdowns(self, state: StateDict, saves: int) -> list[SlowdownSample]:
-        samples = []
-        default = torch.get_num_threads()
-        for threads in sorted({default, 1}, reverse=True):
-            torch.set_num_threads(threads)
-            for number in range(saves):
-                self._tell(f"matmul with {threads} threads, save {number + 1} of {saves}")
-                samples.append(self._slowdown(state, threads))
-        torch.set_num_threads(default)
-        return samples
+        return [
+            sample
+            for threads in thread_counts()
+            for number in range(saves)
+            for sample in [self._slowdown(state, threads, f"save {number + 1} of {saves}")]
+        ]
 
-    def _slowdown(self, state: StateDict, threads: int) -> SlowdownSample:
-        loop, path = MatmulLoop(), self._path()
-        loop.run_for(_WARM_UP_S)
-        before = loop.run_for(_IDLE_WINDOW_S)
-        pending = self._system.begin(state, path)
-        if pending.staged is not None:
-            pending.staged.result()
-        iterations, window_s = loop.run_until(pending.durable.done)
-        pending.durable.result()
-        measure.delete_and_settle(path)
-        loop.run_for(_WARM_UP_S)
-        after = loop.run_for(_IDLE_WINDOW_S)
-        return SlowdownSample(
-            threads=threads,
-            idle_per_s=(before + after) / 2,
-            during_per_s=iterations / window_s,
-            window_s=window_s,
-        )
+    def _slowdown(self, state: StateDict, threads: int, what: str) -> SlowdownSample:
+        self._tell(f"matmul with {threads} threads, {what}")
+        path = self._path()
+
+        def begin() -> Future[object]:
+            pending = self._system.begin(state, path)
+            if pending.staged is not None:
+                pending.staged.result()
+            return pending.durable
+
+        return slowdown_beside(begin, threads=threads, settle=lambda: measure.delete_and_settle(path))
 
     # --- loads ---------------------------------------------------------------------------------------------------
 
@@ -202,28 +188,6 @@ class Trial:
         return seconds
 
 
-class MatmulLoop:
-    """Multiplies matrices as fast as torch's threads can, as a trainer on the CPU does."""
-
-    def __init__(self) -> None:
-        self._factor = torch.rand(_MATMUL_WIDTH, _MATMUL_WIDTH)
-        self._product = torch.empty_like(self._factor)
-
-    def run_until(self, over: Callable[[], bool]) -> tuple[int, float]:
-        """Return the number of iterations until ``over()`` and the seconds they took."""
-        iterations, begun = 0, time.perf_counter()
-        while not over():
-            torch.mm(self._factor, self._factor, out=self._product)
-            iterations += 1
-        return iterations, time.perf_counter() - begun
-
-    def run_for(self, seconds: float) -> float:
-        """Return the iterations per second over so many seconds."""
-        end = time.perf_counter() + seconds
-        iterations, took_s = self.run_until(lambda: time.perf_counter() >= end)
-        return iterations / took_s
-
-
 def soak(nbytes: int, tensors: int, *, saves: int, directory: Path, tell: Callable[[str], None]) -> SoakResult:
     """Save a small model many times and note the resident memory of all of ckptd's processes.
 
@@ -242,7 +206,7 @@ def soak(nbytes: int, tensors: int, *, saves: int, directory: Path, tell: Callab
         for done in range(0, saves + 1, _SOAK_STEP_SAVES):
             tell(f"small save {done} of {saves}")
             result.saves.append(done)
-            result.resident_bytes.append(measure.resident_bytes(measure.family(system.daemons())))
+            result.resident_bytes.append(measure.memory_bytes(measure.family(system.daemons())))
             if done < saves:
                 steps = range(done, min(done + _SOAK_STEP_SAVES, saves))
                 _save_many(system, state, directory / "soak", steps)

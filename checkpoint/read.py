@@ -38,10 +38,12 @@ class Read:
         file: Path of the file.
         offset: First byte.
         nbytes: Length in bytes.
-        address: Where the bytes go: a writable buffer of ``nbytes`` that the caller keeps alive.
+        address: Where the bytes go, a writable buffer of ``nbytes`` that the caller keeps; 0 if ``make`` is given.
         item: Name of the item, for errors.
         expected_hash: xxh3-64 of the range; None if it cannot be verified.
         then: Called in a reader's thread when all bytes are there and verified.
+        make: Makes the buffer when its first bytes are about to be read, and returns its address: what is only passed
+            on need not be held for all of a load.
         missing_bytes: How many have not landed yet.
     """
 
@@ -52,6 +54,7 @@ class Read:
     item: str
     expected_hash: int | None = None
     then: Callable[[], None] | None = None
+    make: Callable[[], int] | None = None
     missing_bytes: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -231,6 +234,7 @@ class _Reading:
 
     def _perform(self, request: _Request, bounce: memoryview) -> None:
         file = self._files[request.file]
+        self._make_buffers(request)
         cached = file.direct is None or file.probe.is_cached(request.begin, request.end - request.begin)
         if not _straight(request, file, cached=cached):
             skip = _into(bounce, request, file, cached=cached)
@@ -243,6 +247,13 @@ class _Reading:
                 complete = piece.read.missing_bytes == 0
             if complete:
                 _finish(piece.read)
+
+    def _make_buffers(self, request: _Request) -> None:
+        for piece in request.pieces:
+            read = piece.read
+            if read.make is not None and not read.address:
+                with self._lock:
+                    read.address = read.address or read.make()
 
 
 def _straight(request: _Request, file: _File, *, cached: bool) -> bool:

@@ -21,7 +21,14 @@ import zmq
 
 from ckptd.client.embedded import open_attach_socket
 from ckptd.protocol import messages
-from ckptd.protocol.errors import BadMessage, CkptdError, DaemonLost, DaemonUnavailable, from_report
+from ckptd.protocol.errors import (
+    BadMessage,
+    CkptdError,
+    DaemonLost,
+    DaemonUnavailable,
+    UnexpectedError,
+    from_report,
+)
 from ckptd.protocol.messages import (
     ATTACH_FRAME_LIMIT_BYTES,
     ArenaOpened,
@@ -166,6 +173,11 @@ class Link:
                 self._listen(dealer)
         except CkptdError as failure:
             error = failure
+        except Exception as bug:
+            logger.exception(
+                "bug in the line to the daemon"
+            )  # whoever waits for a save must hear of its end all the same
+            error = UnexpectedError(f"internal error: {bug!r}; see this process's log")
         finally:
             self._lost = True
             dealer.disable_monitor()

@@ -39,12 +39,36 @@ class LoadPlan:
     Attributes:
         reads: All ranges.
         objects: Bytes of each object by name, complete once the reads are done.
-        keep: Buffers that must live until then.
+        keep: Views of them that must live until then.
     """
 
     reads: list[Read]
     objects: dict[str, bytearray]
     keep: list[torch.Tensor]
+
+
+class _Scratch:
+    """A buffer between file and target: made when its read begins, gone when it has been copied on."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._buffer: torch.Tensor | None = None
+
+    def make(self) -> int:
+        """Allocate the buffer and return its address."""
+        self._buffer = torch.empty(self._nbytes, dtype=torch.uint8)
+        return self._buffer.data_ptr()
+
+    def copy_to(self, target: torch.Tensor, values: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        """Return what copies the buffer, seen through ``values``, into the target and frees it."""
+
+        def copy() -> None:
+            buffer, self._buffer = self._buffer, None
+            assert buffer is not None
+            with torch.no_grad():
+                target.copy_(values(buffer))
+
+        return copy
 
 
 def overlap_of(stored: tuple[Extent, Extent], wanted: tuple[Extent, Extent]) -> Overlap | None:
@@ -156,8 +180,11 @@ class LoadPlanner:
     def _add_chunk(self, name: str, position: int, wanted: Chunk) -> None:
         index = self._index
         ndim = int(index.ndim[position])
+        items = self._items(position)
+        if len(items) == 1 and self._add_whole(position, items[0], wanted):
+            return
         found = 0
-        for item in self._items(position):
+        for item in items:
             offsets = tuple(index.item_offsets[item, :ndim].tolist())
             sizes = tuple(index.item_sizes[item, :ndim].tolist())
             overlap = overlap_of((offsets, sizes), (wanted.offsets, wanted.sizes))
@@ -166,6 +193,18 @@ class LoadPlanner:
                 self._add_overlap(position, item, (sizes, overlap), _region(wanted.data, overlap))
         if found != math.prod(wanted.sizes):
             raise BadIndex(self._path, f"{name}: it holds {found} of {math.prod(wanted.sizes)} wanted elements")
+
+    def _add_whole(self, position: int, item: int, wanted: Chunk) -> bool:
+        """Read a tensor that is stored and wanted in one piece; return whether it is. Most are, so this is short."""
+        index, target = self._index, wanted.data
+        offset, nbytes = int(index.data_offset[item]), int(index.data_bytes[item])
+        whole = index.item_sizes[item, : index.ndim[position]].tolist() == list(wanted.sizes)
+        same = target.nbytes == nbytes and target.dtype == torch_dtype(int(index.dtype[position]))
+        if whole and same and _is_plain_memory(target):
+            if nbytes:
+                self._read(item, offset, target, whole=True)
+            return True
+        return False
 
     def _add_overlap(self, position: int, item: int, stored: tuple[Extent, Overlap], target: torch.Tensor) -> None:
         index, (sizes, overlap) = self._index, stored
@@ -179,39 +218,37 @@ class LoadPlanner:
         if exact and target.dtype == dtype and _is_plain_memory(target):
             self._read(item, offset, target, whole=whole)
             return
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        values = torch.as_strided(buffer.view(dtype), overlap.sizes, row_major(sizes))
-        self._plan.keep.append(buffer)
-        self._read(item, offset, buffer, whole=whole, then=_copier(target, lambda: values))
+        strides = row_major(sizes)
+        scratch = _Scratch(nbytes)
+        then = scratch.copy_to(target, lambda data: torch.as_strided(data.view(dtype), overlap.sizes, strides))
+        self._read_scratch(item, (offset, nbytes), scratch, whole=whole, then=then)
 
     def _add_record(self, item: int, overlap: Overlap, target: torch.Tensor) -> None:
         """Read a stock record, whose inner layout only torch knows, and load it with torch."""
         index = self._index
-        buffer = torch.empty(int(index.record_bytes[item]), dtype=torch.uint8)
-        self._plan.keep.append(buffer)
-        file = self._file(item)
+        offset, nbytes = int(index.record_offset[item]), int(index.record_bytes[item])
+        file, scratch = self._file(item), _Scratch(nbytes)
 
-        def values() -> torch.Tensor:
-            return _narrow(_load_record(buffer, file), overlap.in_stored, overlap.sizes)
+        def values(record: torch.Tensor) -> torch.Tensor:
+            return _narrow(_load_record(record, file), overlap.in_stored, overlap.sizes)
 
-        self._read(item, int(index.record_offset[item]), buffer, whole=False, then=_copier(target, values))
+        self._read_scratch(item, (offset, nbytes), scratch, whole=False, then=scratch.copy_to(target, values))
 
     def _file(self, item: int) -> str:
         return os.path.join(self._path, self._index.files[self._index.item_file[item]])
 
-    def _read(
-        self,
-        item: int,
-        offset: int,
-        target: torch.Tensor,
-        *,
-        whole: bool,
-        then: Callable[[], None] | None = None,
+    def _read(self, item: int, offset: int, target: torch.Tensor, *, whole: bool) -> None:
+        name, expected = self._index.names[self._index.item_name[item]], self._expected(item, whole=whole)
+        self._plan.reads.append(Read(self._file(item), offset, target.nbytes, target.data_ptr(), name, expected))
+
+    def _read_scratch(
+        self, item: int, span: tuple[int, int], scratch: _Scratch, *, whole: bool, then: Callable[[], None]
     ) -> None:
-        index = self._index
-        expected = int(index.item_hash[item]) if whole and self._verify else None
-        name = index.names[index.item_name[item]]
-        self._plan.reads.append(Read(self._file(item), offset, target.nbytes, target.data_ptr(), name, expected, then))
+        name, expected = self._index.names[self._index.item_name[item]], self._expected(item, whole=whole)
+        self._plan.reads.append(Read(self._file(item), *span, 0, name, expected, then, scratch.make))
+
+    def _expected(self, item: int, *, whole: bool) -> int | None:
+        return int(self._index.item_hash[item]) if whole and self._verify else None
 
 
 def _region(data: torch.Tensor, overlap: Overlap) -> torch.Tensor:
@@ -226,14 +263,6 @@ def _narrow(data: torch.Tensor, begins: Extent, sizes: Extent) -> torch.Tensor:
 
 def _is_plain_memory(target: torch.Tensor) -> bool:
     return target.device.type == "cpu" and target.is_contiguous() and not (target.is_conj() or target.is_neg())
-
-
-def _copier(target: torch.Tensor, values: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    def copy() -> None:
-        with torch.no_grad():
-            target.copy_(values())
-
-    return copy
 
 
 def _load_record(buffer: torch.Tensor, file: str) -> torch.Tensor:

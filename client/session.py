@@ -25,6 +25,7 @@ from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.protocol import messages
 from ckptd.protocol.errors import (
     CkptdError,
+    DeadlineExceeded,
     SessionClosed,
     SlotTooSmall,
     UnexpectedError,
@@ -181,9 +182,13 @@ class Session:
         return self._link.runtime
 
     def identity_for_reopening(self, found: Identity) -> Identity:
-        """Return who we are after the daemon went away: what arguments said stays, a group is asked anew."""
-        if isinstance(self._error, SessionClosed):
-            raise self._error  # another incarnation of the job has taken over: this process must not come back
+        """Return who we are after the session was lost: what arguments said stays, a group is asked anew."""
+        error = self._error
+        silent = isinstance(error, DeadlineExceeded) and self.identity.world_size > 1
+        if error is not None and (silent or isinstance(error, SessionClosed)):
+            # Another incarnation of the job has taken over, or the other ranks were told that we are lost: to come
+            # back unasked would fence them. connect() on all ranks is the way.
+            raise error
         told = found.store is None
         return Identity(self.identity.job, self.identity.rank, self.identity.world_size) if told else found
 

@@ -11,7 +11,7 @@ from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.saves import JobContext, Saves
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
-from ckptd.protocol.errors import BadMessage, SessionClosed
+from ckptd.protocol.errors import BadMessage, DeadlineExceeded, SessionClosed
 from ckptd.protocol.messages import Attach, Fenced
 from ckptd.protocol.session import Roster
 
@@ -42,6 +42,9 @@ class Job:
     def attach(self, session: Session, request: Attach) -> None:
         """Seat a session; older ones of the job may be fenced by it. Raises RankTaken or RankMismatch."""
         before = self.roster.incarnation
+        older = self.sessions.get(request.rank)
+        if older is not None and older.peer.has_ended():
+            self.lose(older, "ended")  # its end and its successor's call came in the same moment
         self.roster.join(request.rank, world_size=request.world_size, launch=request.launch, pid=session.peer.pid)
         session.incarnation = self.roster.incarnation
         if self.roster.incarnation != before:
@@ -123,7 +126,8 @@ class Job:
         self.saves.check_deadlines()
         for session in list(self.sessions.values()):
             if session.silent_s > self._context.config.session_timeout_s:
-                self._context.send(session, Fenced(SessionClosed("the daemon heard nothing of it").report()))
+                silent = DeadlineExceeded("the daemon heard nothing of this process", session.silent_s)
+                self._context.send(session, Fenced(silent.report()))
                 self.lose(session, f"was silent for {session.silent_s:.0f} s")
 
     async def close(self) -> None:

@@ -33,7 +33,6 @@ from ckptd.protocol.errors import (
     SaveSkipped,
     ShuttingDown,
     UnexpectedError,
-    for_rank,
     from_report,
 )
 from ckptd.protocol.messages import (
@@ -190,8 +189,7 @@ class Saves:
         """A rank will not stage its part."""
         generation = self._generation(session, message)
         if generation is not None:
-            error = for_rank(session.rank, from_report(message.error))
-            self._apply(generation, rules.RankFell(session.rank, error))
+            self._apply(generation, rules.RankFell(session.rank, from_report(message.error)))
 
     def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
         """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,19 @@ class Peer:
     pid: int
     uid: int
     gid: int
+
+    def has_ended(self) -> bool:
+        """Return whether the process is gone; one that its parent has not waited for is."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False  # in a pid namespace that is not ours: nobody can tell
+        try:
+            return bool(select.select([descriptor], [], [], 0)[0])
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class SaveRules:
                 return self._agree(event.rank, event.checkpoint_id) or self._on_sealed(event)
             case RankFell():
                 # A rank that has sealed may die: its bytes are ours now.
-                return [] if event.rank in self.sealed else self._abandon(event.error)
+                return [] if event.rank in self.sealed else self._abandon(self._of_rank(event.rank, event.error))
             case Planned():
                 return self._on_planned(event)
             case ImageWritten():
@@ -189,8 +189,11 @@ class SaveRules:
             case Published():
                 return self._on_published()
             case Broke():
-                error = event.error if event.rank is None else for_rank(event.rank, event.error)
-                return self._abandon(error)
+                return self._abandon(event.error if event.rank is None else self._of_rank(event.rank, event.error))
+
+    def _of_rank(self, rank: int, error: CkptdError) -> CkptdError:
+        """Return an error with its rank named, where there is more than one."""
+        return for_rank(rank, error) if self.world_size > 1 else error
 
     def _agree(self, rank: int, checkpoint_id: str) -> list[Action]:
         if not 0 <= rank < self.world_size:

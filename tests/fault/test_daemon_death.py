@@ -45,8 +45,11 @@ def test_a_stopping_daemon_fails_what_is_not_sealed_and_takes_nothing_new(daemon
 
 def test_a_trainer_hears_of_a_killed_daemon_and_saves_with_a_new_one(runtime, trainers, tmp_path):
     trainer = trainers.start(CKPTD_EMBEDDED="1", CKPTD_CONFIG=runtime.configure())
-    trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
-    first, worker = sorted(processes_of(runtime.path), key=is_daemon, reverse=True)
+    trainer.do("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
+    first = trainer.get("session.daemon_pid")
+    [worker] = wait_until(
+        lambda: [pid for pid in processes_of(runtime.path) if pid != first and not is_daemon(pid)], "a worker"
+    )
     runtime.daemon_was_killed = True
     with stopped(worker):
         trainer.do("future = dcp.async_save(state(value=2.0), checkpoint_id=path)", path=str(tmp_path / "a"))
@@ -58,8 +61,7 @@ def test_a_trainer_hears_of_a_killed_daemon_and_saves_with_a_new_one(runtime, tr
     trainer.do("future = dcp.async_save(state(value=3.0), checkpoint_id=path)", path=str(tmp_path / "a"))
     assert trainer.get("outcome(future)") == "committed"
     assert_holds(tmp_path / "a", value=3.0)
-    [second] = filter(is_daemon, processes_of(runtime.path))
-    assert second != first
+    assert trainer.get("next(iter(dcp.api._sessions.values())).daemon_pid") != first
 
 
 @pytest.mark.parametrize("waiting_for", ["a plan", "a slot", "an arena"])
@@ -96,6 +98,16 @@ def test_a_daemon_that_hangs_is_given_up(start_daemon, trainers, tmp_path):
         trainer.do("future = dcp.async_save(state(), checkpoint_id=path)", path=str(tmp_path / "b"))
         assert trainer.get("outcome(future)").startswith("DaemonLost")
         assert trainer.get("future.staging_completion.done()")
+
+
+def test_a_bug_in_the_line_to_the_daemon_leaves_nobody_waiting(daemon, trainers, tmp_path):
+    trainer = trainers.start()
+    trainer.do("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
+    trainer.do("session._link._on_message = lambda message: 1 / 0")
+    trainer.do("future = dcp.async_save(state(), checkpoint_id=path)", path=str(tmp_path / "b"))
+    assert "ZeroDivisionError" in trainer.get("outcome(future)")
+    trainer.do("dcp.save(state(value=2.0), checkpoint_id=path)", path=str(tmp_path / "c"))
+    assert_holds(tmp_path / "c", value=2.0)
 
 
 def test_the_next_daemon_clears_what_a_killed_one_left_on_tmpfs(start_daemon, trainers, tmp_path):

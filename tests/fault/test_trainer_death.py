@@ -103,4 +103,7 @@ def test_a_silent_trainer_loses_its_session_and_learns_why(start_daemon, trainer
     with stopped(trainer.pid):
         wait_until(lambda: not daemon.status()["jobs"][0]["sessions"], "the end of the silent session")
     wait_until(lambda: not trainer.get("session.live"), "the trainer's notice")
-    assert trainer.get("str(session._error)").startswith("the session is closed")
+    assert trainer.get("str(session._error)").startswith("the daemon heard nothing of this process")
+    # It lives, and is alone in its job: the next save opens a new session.
+    trainer.do("dcp.save(state(value=2.0), checkpoint_id=path)", path=str(tmp_path / "b"))
+    assert_holds(tmp_path / "b", value=2.0)
