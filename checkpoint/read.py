@@ -6,6 +6,7 @@ verified against their hash as soon as their last byte has landed. Knows no torc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -24,10 +25,9 @@ from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, 
 # One read call: large enough for an NVMe queue, small enough that four threads keep a node's memory.
 _CHUNK_BYTES: Final = 8 << 20
 _BLOCK_BYTES: Final = 4096
+_HUGE_PAGE_BYTES: Final = 2 << 20
 # Reading a gap of 64 KiB costs less than a second request of its own.
 _MERGE_GAP_BYTES: Final = 64 * 1024
-# The address that the kernel takes for O_DIRECT is that of the device's DMA: 512 on every NVMe and virtio disk.
-_ADDRESS_ALIGNMENT_BYTES: Final = 512
 
 
 @dataclass(eq=False)
@@ -220,7 +220,7 @@ class _Reading:
 
     def run(self) -> None:
         """Perform requests until there are no more, or another thread has failed."""
-        bounce = memoryview(mmap.mmap(-1, _CHUNK_BYTES + 2 * _BLOCK_BYTES))
+        bounce = _huge_buffer(_CHUNK_BYTES + 2 * _BLOCK_BYTES)
         while True:
             with self._lock:
                 request = None if self._failed else next(self._requests, None)
@@ -256,17 +256,28 @@ class _Reading:
                     read.address = read.address or read.make()
 
 
+def _huge_buffer(nbytes: int) -> memoryview:
+    """Return a page-aligned buffer in huge pages, where the kernel gives them.
+
+    A request to a disk takes so many pieces of memory at most (max_segments; 254 for virtio), and a huge page is one
+    piece. Measured: one disk read 3.3 GB/s into huge pages and 1.0 to 1.4 into pages of 4 KiB, as targets mostly are;
+    the copy behind it runs at 20.
+    """
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE_BYTES
+    return memoryview(memory)[begin : begin + nbytes]
+
+
 def _straight(request: _Request, file: _File, *, cached: bool) -> bool:
-    """Read without a bounce where one target takes the whole request; return whether that was done."""
+    """Copy from the page cache into the one target of a request; return whether that was done."""
     if len(request.pieces) != 1:
         return False
     address, nbytes = request.pieces[0].address, request.pieces[0].nbytes
-    target = _memory(address, nbytes)
     if cached:
-        _read_buffered(file.buffered, target, request)
-        return True
-    aligned = address % _ADDRESS_ALIGNMENT_BYTES == request.begin % _BLOCK_BYTES == nbytes % _BLOCK_BYTES == 0
-    return aligned and file.direct is not None and _read_direct(file.direct, target, request.begin)
+        _read_buffered(file.buffered, _memory(address, nbytes), request)
+    return cached
 
 
 def _into(bounce: memoryview, request: _Request, file: _File, *, cached: bool) -> int:

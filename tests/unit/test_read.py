@@ -239,13 +239,19 @@ def test_gaps_that_were_read_are_counted(file):
     assert read_all(wanted.reads) == 110 + 10
 
 
-def test_an_aligned_target_is_read_into_without_a_bounce(file, monkeypatch):
-    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: False)
+def test_a_cached_target_is_copied_to_without_a_bounce(file, monkeypatch):
+    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: True)
     monkeypatch.setattr(read_module, "_into", _no_bounce)
     wanted = Wanted(file)
     wanted.add(PAGE, 4 * PAGE)
     read_all(wanted.reads)
     wanted.check()
+
+
+def test_the_disk_is_read_into_aligned_buffers_of_whole_huge_pages():
+    buffer = read_module._huge_buffer(8 << 20)
+    assert len(buffer) == 8 << 20
+    assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % (2 << 20) == 0
 
 
 def _no_bounce(*_, **__):
