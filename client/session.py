@@ -109,7 +109,7 @@ class _Save:
     begun_s: float
     future: SaveFuture
     snapshot: Snapshot | None = None
-    save_id: str = ""
+    saved_as: list[str] = field(default_factory=list)  # the save id, once committed
     plan_s: float = 0.0
     assigned: Future[Assigned] = field(default_factory=Future)
 
@@ -256,8 +256,10 @@ class Session:
                 raise self._error
             self._sequence += 1
             save = _Save(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
+            # The future must not hold the save that holds it: such rings wait for the collector, and memory creeps up.
+            saved_as = save.saved_as
             save.future = SaveFuture(
-                request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, save.save_id)
+                request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, saved_as[0])
             )
             self._saves[save.sequence] = save
             return save
@@ -417,7 +419,7 @@ class Session:
             case Progress():
                 save.future.note_progress(news.bytes_done, news.bytes_total)
             case Committed():
-                save.save_id = news.save_id
+                save.saved_as.append(news.save_id)
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
             case Aborted():
