@@ -343,8 +343,8 @@ class Session:
         )
         slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
         save.snapshot = None  # what is staged needs no reference to the state dict
+        save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line
         self._link.send_encoded(seal)
-        save.future.note_staged(layout.image_bytes)
 
     def _give_up(self, save: _Save, error: CkptdError) -> None:
         save.snapshot = None
