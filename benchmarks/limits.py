@@ -55,7 +55,8 @@ def measure_limits(nbytes: int, directory: Path, *, repeats: int, tell: Callable
         result.write_cpu_s.append(time.process_time() - cpu_begun_s)
         result.read_s.append(_read(path))
         delete_and_settle(path)
-        result.slowdowns.extend(_slowdown(path, shared, threads) for threads in thread_counts())
+    tell("matmul beside the raw write")
+    result.slowdowns.extend(_slowdown(path, shared, threads) for threads in thread_counts())
     return result
 
 

@@ -40,7 +40,7 @@ class Extent:
         saves: Saves of each system in steady state, over all rounds.
         rounds: How often the systems take turns.
         limit_repeats: Repetitions of each limit, in each of its turns.
-        slowdowns: Saves beside a matmul loop, of each system, number of threads and round.
+        slowdowns: Saves of ckptd beside a matmul loop, for each number of threads and round; of stock it is one.
         loads: Loads of each system and round, cold and warm each.
         soak_saves: Saves of a small model in a row.
     """
@@ -83,8 +83,9 @@ def turns_of(extent: Extent) -> list[Turn]:
 
 
 def _extras(system: str, extent: Extent) -> list[str]:
-    # The trainer does nothing beside stock's `save`, and stock loads alike whatever has saved.
-    slowdowns = 0 if system == "sync" else extent.slowdowns
+    # The trainer does nothing beside stock's `save`, and stock loads alike whatever has saved. Stock's other saves take
+    # seconds, not fractions: one of them says as much as several of ours.
+    slowdowns = {"sync": 0, "ckptd": extent.slowdowns}.get(system, 1)
     loads = extent.loads if system in {"sync", "ckptd"} else 0
     return ["--slowdowns", str(slowdowns), "--loads", str(loads)]
 
