@@ -2,9 +2,11 @@
 
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from ckptd.client.api import async_save, connect, load, save, wait_for_staging
 from ckptd.client.futures import SaveFuture, SaveProgress
+from ckptd.client.loader import load
+from ckptd.client.saver import async_save, save
 from ckptd.client.session import Session
+from ckptd.client.sessions import connect, wait_for_staging
 from ckptd.protocol import errors
 from ckptd.protocol.errors import CkptdError
 

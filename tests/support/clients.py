@@ -11,14 +11,14 @@ import torch.distributed.checkpoint as stock
 from support.nursery import state
 
 import ckptd.client
-from ckptd.client import api
+from ckptd.client import sessions
 
 
 @pytest.fixture
 def client(runtime):
     """ckptd.client; its sessions are closed at the end. Name it after ``daemon`` in a test's arguments."""
     yield ckptd.client
-    api._close_all()
+    sessions.close_all()
     gc.collect()  # an arena stays mapped until the last view of it is gone
 
 

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.staging import (
     StagingOptions,
 )
 
-from ckptd.client import api
+from ckptd import client
+from ckptd.client import sessions
 from ckptd.client.session import SaveRequest, SessionOptions
 from ckptd.protocol.errors import Unsupported
 
@@ -34,8 +35,8 @@ def nobody(monkeypatch):
     def open_session(*_):
         raise Contacted
 
-    monkeypatch.setattr(api, "Session", open_session)
-    monkeypatch.setattr(api, "_sessions", {})
+    monkeypatch.setattr(sessions, "Session", open_session)
+    monkeypatch.setattr(sessions, "_sessions", {})
 
 
 def refused(call, *arguments, **options) -> str:
@@ -63,7 +64,7 @@ BAD_OPTIONS = [
 def test_a_session_cannot_be_opened_with(options):
     [(name, value)] = options.items()
     assert f"{name}={value!r}" in refused(SessionOptions, **options)
-    assert f"{name}={value!r}" in refused(api.connect, STATE, **options)
+    assert f"{name}={value!r}" in refused(client.connect, STATE, **options)
 
 
 def test_options_at_their_bounds_are_taken():
@@ -74,15 +75,15 @@ def test_options_at_their_bounds_are_taken():
 class TestConnect:
     @pytest.mark.parametrize("options", [{"rank": 0}, {"world_size": 2}, {"rank": 1, "job": "j"}], ids=str)
     def test_rank_and_world_size_go_together(self, options):
-        assert "rank without world_size" in refused(api.connect, **options)
+        assert "rank without world_size" in refused(client.connect, **options)
 
     def test_a_job_of_several_ranks_needs_a_name(self):
-        assert "without a name" in refused(api.connect, rank=0, world_size=2)
+        assert "without a name" in refused(client.connect, rank=0, world_size=2)
 
     @pytest.mark.parametrize("options", [{"rank": 0, "world_size": 1}, {"rank": 1, "world_size": 2, "job": "j"}, {}])
     def test_what_is_complete_is_carried_out(self, options):
         with pytest.raises(Contacted):
-            api.connect(**options)
+            client.connect(**options)
 
 
 class OtherWriter(dcp.FileSystemWriter):
@@ -122,7 +123,7 @@ BAD_SAVES = {
 }
 
 
-@pytest.mark.parametrize("save", [api.save, api.async_save], ids=["save", "async_save"])
+@pytest.mark.parametrize("save", [client.save, client.async_save], ids=["save", "async_save"])
 @pytest.mark.parametrize(("options", "told"), BAD_SAVES.values(), ids=BAD_SAVES)
 def test_a_save_is_refused_for(save, options, told):
     assert told in refused(save, STATE, **options)
@@ -131,12 +132,12 @@ def test_a_save_is_refused_for(save, options, told):
 def test_a_writer_with_extensions_is_refused():
     with_extensions = writer()
     with_extensions.transforms.extensions = ["compress"]
-    assert "_extensions" in refused(api.save, STATE, storage_writer=with_extensions)
+    assert "_extensions" in refused(client.save, STATE, storage_writer=with_extensions)
 
 
 def test_a_stager_that_is_not_torchs_is_refused():
     assert "async_stager OtherStager" in refused(
-        api.async_save, STATE, checkpoint_id="/runs/7", async_stager=OtherStager()
+        client.async_save, STATE, checkpoint_id="/runs/7", async_stager=OtherStager()
     )
 
 
@@ -150,7 +151,7 @@ BAD_LOADS = {
 
 @pytest.mark.parametrize(("options", "told"), BAD_LOADS.values(), ids=BAD_LOADS)
 def test_a_load_is_refused_for(options, told):
-    assert told in refused(api.load, STATE, **options)
+    assert told in refused(client.load, STATE, **options)
 
 
 class Taken:
@@ -173,7 +174,7 @@ class Taken:
 @pytest.fixture
 def taken(monkeypatch):
     session = Taken()
-    monkeypatch.setattr(api, "_sessions", {"default": session})
+    monkeypatch.setattr(sessions, "_sessions", {"default": session})
     return session
 
 
@@ -190,19 +191,19 @@ class TestWhatIsTaken:
         ids=str,
     )
     def test_an_id_is_an_absolute_path(self, taken, where):
-        assert api.save(STATE, **where) == "metadata"
+        assert client.save(STATE, **where) == "metadata"
         assert taken.request.checkpoint_id == "/runs/7"
 
     def test_a_relative_id_is_one_of_the_working_directory(self, taken, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        api.async_save(STATE, checkpoint_id="step-7")
+        client.async_save(STATE, checkpoint_id="step-7")
         assert taken.request.checkpoint_id == os.path.join(tmp_path, "step-7")
 
     @pytest.mark.parametrize(
         ("overwrite", "options"), [(True, {}), (True, {"overwrite": True}), (False, {"overwrite": False})]
     )
     def test_a_writer_may_forbid_to_overwrite(self, taken, overwrite, options):
-        api.save(STATE, storage_writer=writer(**options))
+        client.save(STATE, storage_writer=writer(**options))
         assert taken.request.overwrite is overwrite
 
     def test_planners_settings_change_the_plan(self, taken):
@@ -210,15 +211,15 @@ class TestWhatIsTaken:
         for flatten in (True, False):
             for lowest in (True, False):
                 planner = dcp.DefaultSavePlanner(flatten_state_dict=flatten, dedup_save_to_lowest_rank=lowest)
-                api.save(STATE, checkpoint_id="/runs/7", planner=planner)
+                client.save(STATE, checkpoint_id="/runs/7", planner=planner)
                 assert taken.request.flat is not flatten
                 seen.add(taken.request.settings)
         assert len(seen) == 4
 
     def test_a_plain_save_is_one_of_the_default_planner(self, taken):
-        api.save(STATE, checkpoint_id="/runs/7")
+        client.save(STATE, checkpoint_id="/runs/7")
         plain = taken.request.settings
-        api.save(STATE, checkpoint_id="/runs/7", planner=dcp.DefaultSavePlanner())
+        client.save(STATE, checkpoint_id="/runs/7", planner=dcp.DefaultSavePlanner())
         assert taken.request.settings == plain
 
     @pytest.mark.parametrize(
@@ -232,10 +233,10 @@ class TestWhatIsTaken:
     )
     def test_a_save_stages_in_the_background_where_that_is_asked_for(self, monkeypatch, session, stager, background):
         taken = Taken(session)
-        monkeypatch.setattr(api, "_sessions", {"default": taken})
-        api.async_save(STATE, checkpoint_id="/runs/7", async_stager=stager)
+        monkeypatch.setattr(sessions, "_sessions", {"default": taken})
+        client.async_save(STATE, checkpoint_id="/runs/7", async_stager=stager)
         assert taken.request.background is background
-        api.save(STATE, checkpoint_id="/runs/7")
+        client.save(STATE, checkpoint_id="/runs/7")
         assert taken.request.background is False
 
     @pytest.mark.parametrize("in_background", [True, False])
@@ -248,5 +249,5 @@ class TestWhatIsTaken:
         )
         stager = DefaultStager.__new__(DefaultStager)  # its __init__ wants a GPU, or starts threads
         stager._config = options
-        api.async_save(STATE, checkpoint_id="/runs/7", async_stager=stager)
+        client.async_save(STATE, checkpoint_id="/runs/7", async_stager=stager)
         assert taken.request.background is in_background

@@ -1,0 +1,1 @@
+"""DCP's planners: what of a state dict is saved by whom, and what a load needs."""

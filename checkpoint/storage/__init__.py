@@ -1,0 +1,1 @@
+"""DCP's storage readers and writers: files, object stores, stream extensions."""

@@ -1,0 +1,67 @@
+"""`async_save` and `save`: torch.distributed.checkpoint's functions, carried out by the daemon."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from ckptd.client.arguments import CheckpointId, save_request, stages_in_background
+from ckptd.client.futures import SaveFuture
+from ckptd.client.sessions import session_for
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlanner
+    from torch.distributed.checkpoint.storage import StorageWriter
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: CheckpointId | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> SaveFuture:
+    """Stage a state dict and have the daemon make it durable while training goes on.
+
+    The arguments are those of `torch.distributed.checkpoint.async_save`. ``async_checkpointer_type`` changes nothing:
+    the work is done outside this process in any case. Failures after the call fail the future, on all ranks alike.
+
+    Raises:
+        Unsupported: An argument that ckptd cannot honour; nothing was staged.
+        DaemonUnavailable: There is no daemon and none could be started.
+    """
+    del async_checkpointer_type
+    background = stages_in_background(async_stager)
+    writer = (checkpoint_id, storage_writer)
+    request = save_request(writer, planner, use_collectives=use_collectives, background=background)
+    session = session_for(process_group, no_dist=no_dist)
+    if session.options.staging == "background":
+        request = dataclasses.replace(request, background=True)
+    return session.save(state_dict, request)
+
+
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: CheckpointId | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state dict and return its metadata once it is durable. Arguments and errors as :func:`async_save`."""
+    writer = (checkpoint_id, storage_writer)
+    request = save_request(writer, planner, use_collectives=use_collectives, background=False)
+    session = session_for(process_group, no_dist=no_dist)
+    return session.save(state_dict, request).result()
