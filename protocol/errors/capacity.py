@@ -1,0 +1,75 @@
+"""Memory, a slot or disk space is lacking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ckptd.protocol.errors.base import CapacityError
+
+
+@dataclass(eq=False)
+class ShmTooSmall(CapacityError):
+    """The staging arena does not fit into shared memory."""
+
+    code: ClassVar[str] = "shm_too_small"
+    path: str
+    wanted_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"staging needs {self.wanted_bytes} bytes of shared memory, {self.path} has {self.free_bytes} free; "
+            "enlarge it, or use fewer or smaller slots (connect(slots=..., slot_bytes=...))"
+        )
+
+
+@dataclass(eq=False)
+class SlotTooSmall(CapacityError):
+    """The state of this rank does not fit into a slot of the size that was asked for."""
+
+    code: ClassVar[str] = "slot_too_small"
+    wanted_bytes: int
+    slot_bytes: int
+
+    def __str__(self) -> str:
+        sizes = f"this rank's part needs {self.wanted_bytes} bytes, a slot has {self.slot_bytes}"
+        return f"{sizes}; raise connect(slot_bytes=...) or leave it out"
+
+
+@dataclass(eq=False)
+class SlotsBusy(CapacityError):
+    """All slots still hold saves that are being made durable."""
+
+    code: ClassVar[str] = "slots_busy"
+    slots: int
+    waited_s: float
+
+    def __str__(self) -> str:
+        waited = f"all {self.slots} slots are still being written after {self.waited_s:.1f} s"
+        return f"{waited}; save less often, or connect(slots=...) with more"
+
+
+@dataclass(eq=False)
+class SaveSkipped(CapacityError):
+    """The save was left out because all slots were busy and the policy is skip."""
+
+    code: ClassVar[str] = "save_skipped"
+    checkpoint_id: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"save of {self.checkpoint_id} skipped: rank {self.rank} had no free slot and on_busy is 'skip'"
+
+
+@dataclass(eq=False)
+class DiskFull(CapacityError):
+    """The volume of the checkpoint has too little room."""
+
+    code: ClassVar[str] = "disk_full"
+    path: str
+    wanted_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.wanted_bytes} bytes wanted, {self.free_bytes} free; free space and save again"
