@@ -37,6 +37,11 @@ class RankLayout:
     placed: list[Placed]
     image_bytes: int
     control_bytes: int
+    code_offset: int | None = None  # of a hand-over: where the pickle begins in the image
+
+    def code_bytes(self, object_bytes: bytes) -> int:
+        """Return the length of a hand-over's pickle, which is its one object; 0 of any other save."""
+        return 0 if self.code_offset is None else int.from_bytes(object_bytes[:8], "little")
 
     @property
     def slot_bytes(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from ckptd.client.arguments import CheckpointId, save_request, stages_in_background
+from ckptd.client.arguments import CheckpointId, is_users_stager, save_request, stages_in_background
 from ckptd.client.futures import SaveFuture
 from ckptd.client.sessions import session_for
 
@@ -34,20 +36,25 @@ def async_save(
     """Stage a state dict and have the daemon make it durable while training goes on.
 
     The arguments are those of `torch.distributed.checkpoint.async_save`. ``async_checkpointer_type`` changes nothing:
-    the work is done outside this process in any case. Failures after the call fail the future, on all ranks alike.
+    the work is done outside this process in any case; nor does ``use_collectives``: none are used. A planner or writer
+    of the user's own runs in a worker, on the staged tensors. Failures after the call fail the future, on all ranks
+    alike.
 
     Raises:
         Unsupported: An argument that ckptd cannot honour; nothing was staged.
         DaemonUnavailable: There is no daemon and none could be started.
     """
-    del async_checkpointer_type
+    del async_checkpointer_type, use_collectives
     background = stages_in_background(async_stager)
+    users_stager = async_stager if is_users_stager(async_stager) else None
     writer = (checkpoint_id, storage_writer)
-    request = save_request(writer, planner, use_collectives=use_collectives, background=background)
+    request = save_request(writer, planner, background=background)
     session = session_for(process_group, no_dist=no_dist)
     if session.options.staging == "background":
         request = dataclasses.replace(request, background=True)
-    return session.save(state_dict, request)
+    if users_stager is None:
+        return session.save(state_dict, request)
+    return _save_staged_by(users_stager, state_dict, lambda staged: session.save(staged, request))
 
 
 def save(
@@ -61,7 +68,19 @@ def save(
     use_collectives: bool = True,
 ) -> Metadata:
     """Save a state dict and return its metadata once it is durable. Arguments and errors as :func:`async_save`."""
+    del use_collectives
     writer = (checkpoint_id, storage_writer)
-    request = save_request(writer, planner, use_collectives=use_collectives, background=False)
+    request = save_request(writer, planner, background=False)
     session = session_for(process_group, no_dist=no_dist)
     return session.save(state_dict, request).result()
+
+
+def _save_staged_by(
+    stager: AsyncStager, state_dict: dict[str, Any], save: Callable[[dict[str, Any]], SaveFuture]
+) -> SaveFuture:
+    """Save what a user's own stager makes of a state dict; the copy into the arena is ours all the same."""
+    staged = stager.stage(state_dict)
+    future = save(staged.result() if isinstance(staged, Future) else staged)
+    if stager.should_synchronize_after_execute:
+        stager.synchronize_staging()
+    return future

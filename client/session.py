@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import xxhash
 
 from ckptd.client.futures import SaveFuture, wait_quietly
+from ckptd.client.handover import HandOver, HandOverSnapshot, make_hand_over_layout, take_hand_over
 from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
@@ -96,8 +97,9 @@ class SaveRequest:
     settings: str  # planner settings that change the plan
     flat: bool
     overwrite: bool
-    read_metadata: Callable[[str, str], Metadata]  # checkpoint id and save id -> Metadata
+    read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
     background: bool
+    hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way
 
 
 @dataclass(eq=False)
@@ -109,7 +111,7 @@ class _Save:
     begun_s: float
     future: SaveFuture
     snapshot: Snapshot | None = None
-    saved_as: list[str] = field(default_factory=list)  # the save id, once committed
+    committed: list[Committed] = field(default_factory=list)  # what the daemon told, once it is
     plan_s: float = 0.0
     assigned: Future[Assigned] = field(default_factory=Future)
 
@@ -257,14 +259,21 @@ class Session:
             self._sequence += 1
             save = _Save(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
             # The future must not hold the save that holds it: such rings wait for the collector, and memory creeps up.
-            saved_as = save.saved_as
+            committed = save.committed
             save.future = SaveFuture(
-                request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, saved_as[0])
+                request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, committed[0])
             )
             self._saves[save.sequence] = save
             return save
 
     def _look(self, state_dict: Mapping[str, Any], request: SaveRequest) -> Snapshot:
+        if request.hand_over is not None:
+            if not self._link.attached.user_code:
+                what = f"{request.hand_over} in a daemon that runs no users' code"
+                raise Unsupported(what, "set user_code = true in its configuration, or leave planner and writer out")
+            handed_over = take_hand_over(state_dict, request.hand_over, capacities=self._capacities)
+            self._capacities = {**self._capacities, **handed_over.capacities}
+            return handed_over
         snapshot = take_snapshot(state_dict, capacities=self._capacities, flat=request.flat)
         self._capacities = snapshot.capacities
         return snapshot
@@ -339,6 +348,8 @@ class Session:
                 stage_s=stage_s,
                 stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
                 overwrite=save.request.overwrite,
+                code_bytes=layout.code_bytes(object_bytes),
+                code_offset=layout.code_offset or 0,
             )
         )
         slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
@@ -363,6 +374,9 @@ class Session:
         assert snapshot is not None
         structure = (save.request.settings, snapshot.structure)
         if layout is not None and layout.structure == structure and not dry:
+            return layout
+        if isinstance(snapshot, HandOverSnapshot):
+            self._layout = layout = make_hand_over_layout(structure, snapshot)
             return layout
         plan = make_local_plan(snapshot, settings=save.request.settings)
         if plan.items != len(snapshot.sources):
@@ -419,7 +433,7 @@ class Session:
             case Progress():
                 save.future.note_progress(news.bytes_done, news.bytes_total)
             case Committed():
-                save.saved_as.append(news.save_id)
+                save.committed.append(news)
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
             case Aborted():
@@ -446,5 +460,5 @@ class Session:
             self._end(save, error)
 
 
-def _no_metadata(_checkpoint_id: str, _save_id: str) -> Metadata:
+def _no_metadata(_checkpoint_id: str, _committed: Committed) -> Metadata:
     raise UnexpectedError("a plan made ahead has no metadata")

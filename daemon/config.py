@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -66,6 +66,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     stop_timeout_s: Seconds = 60.0
     """Seconds for which a daemon that got SIGTERM goes on writing what is sealed."""
+
+    user_code: bool | Literal["auto"] = "auto"
+    """Whether users' own planners and storage writers may run in workers, under their uid; auto is true, but false in
+    system mode."""
 
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.daemon.sessions import ArenaFile
-from ckptd.protocol.messages import PlanDone, Propose, Sealed, WriteDone
+from ckptd.protocol.messages import HandOverTask, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
 from ckptd.protocol.save import SaveRules
+from ckptd.staging.arena import slot_offset
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Generation:
     rules: SaveRules
     plan: CurrentPlan | None
     dry: bool = False  # only a plan is wanted, ahead of the first save
+    metadata: bytes = b""  # of a hand-over, as its worker pickled it
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
     written: dict[int, WriteDone] = field(default_factory=dict)
@@ -97,3 +99,19 @@ class Generation:
             "ranks_sealed": len(self.rules.sealed),
             "error": None if self.rules.error is None else str(self.rules.error),
         }
+
+
+def hand_over_task(generation: Generation) -> HandOverTask:
+    """Return what a worker needs for a save that all ranks have handed over."""
+    return HandOverTask([_staged(generation.seals[rank]) for rank in range(generation.rules.world_size)])
+
+
+def _staged(seal: Seal) -> StagedHandOver:
+    message, arena = seal.message, seal.arena
+    return StagedHandOver(
+        arena_path=arena.path,
+        image_offset=slot_offset(message.slot, arena.slot_bytes) + message.control_bytes,
+        image_bytes=message.image_bytes,
+        code_offset=message.code_offset,
+        code_bytes=message.code_bytes,
+    )

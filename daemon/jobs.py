@@ -11,7 +11,7 @@ from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.saves import JobContext, Saves
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
-from ckptd.protocol.errors import BadMessage, DeadlineExceeded, SessionClosed
+from ckptd.protocol.errors import BadMessage, DeadlineExceeded, SessionClosed, Unsupported
 from ckptd.protocol.messages import Attach, Fenced
 from ckptd.protocol.session import Roster
 
@@ -35,6 +35,7 @@ class Job:
         self.sessions: dict[int, Session] = {}
         self.progress_timeout_s = context.config.progress_timeout_s
         self.pool: WorkerPool | None = None
+        self._user_pool: WorkerPool | None = None
         self.files = JobFiles(context.root, identity)
         self.saves = Saves(self, context)
         self._retired: list[Session] = []  # ended sessions whose slots are still being written
@@ -68,16 +69,35 @@ class Job:
 
     def _open_pool(self) -> None:
         if self.pool is None:
-            config = self._context.config
-            settings = WorkerSettings(
-                count=min(self.roster.world_size, config.workers_per_job),
-                nice=config.worker_nice,
-                attempts=config.work_attempts,
-                silence_s=self.progress_timeout_s,
-                identity=self._identity,
+            self.pool = self._new_pool(min(self.roster.world_size, self._context.config.workers_per_job))
+
+    def open_user_pool(self) -> WorkerPool:
+        """Return the one worker that may load torch and users' own code, started when it is first needed."""
+        if not self._context.user_code:
+            raise Unsupported(
+                "a user's own planner or storage writer", "set user_code = true in the daemon's configuration"
             )
-            self.pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
-            self.pool.start()
+        if self._user_pool is None:
+            self._user_pool = self._new_pool(1)
+        return self._user_pool
+
+    def _new_pool(self, count: int) -> WorkerPool:
+        config = self._context.config
+        settings = WorkerSettings(
+            count=count,
+            nice=config.worker_nice,
+            attempts=config.work_attempts,
+            silence_s=self.progress_timeout_s,
+            identity=self._identity,
+        )
+        pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
+        pool.start()
+        return pool
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the job's live workers."""
+        return [pid for pool in (self.pool, self._user_pool) if pool is not None for pid in pool.pids]
 
     def lose(self, session: Session, reason: str) -> None:
         """A session ended: take up what it sealed, and fail what now can never be complete."""
@@ -132,7 +152,7 @@ class Job:
 
     async def close(self) -> None:
         """End the workers and remove the job's files."""
-        pool, self.pool = self.pool, None
+        pools, self.pool, self._user_pool = (self.pool, self._user_pool), None, None
         files, self.files = self.files, JobFiles(self._context.root, self._identity)
         sessions = [*self.sessions.values(), *self._retired]
         self._retired = []
@@ -140,8 +160,9 @@ class Job:
         for session in sessions:
             for number in list(session.arenas):
                 session.close_arena(number)
-        if pool is not None:
-            await pool.close()
+        for pool in pools:
+            if pool is not None:
+                await pool.close()
         files.remove()
 
     def status(self) -> dict[str, object]:
@@ -152,7 +173,7 @@ class Job:
             "incarnation": self.roster.incarnation,
             "uid": self.uid,
             "world_size": self.roster.world_size,
-            "workers": [] if self.pool is None else self.pool.pids,
+            "workers": self.worker_pids,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
         }

@@ -18,7 +18,7 @@ from typing import Final, Protocol, cast
 from ckptd import __version__
 from ckptd.checkpoint.names import image_name, is_canonical
 from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, Seal
+from ckptd.daemon.generation import CurrentPlan, Generation, Seal, hand_over_task
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.metrics import Metrics
 from ckptd.daemon.sessions import Session
@@ -44,6 +44,7 @@ from ckptd.protocol.messages import (
     DaemonMessage,
     DiscardTask,
     GaveUp,
+    HandOverDone,
     PlanDone,
     PlanTask,
     Progress,
@@ -72,12 +73,13 @@ class Send(Protocol):
 
 @dataclass(frozen=True)
 class JobContext:
-    """What all jobs of a daemon share. ``root``: the daemon's directory on tmpfs."""
+    """What all jobs of a daemon share. ``root``: its directory on tmpfs; ``user_code``: whether users' code may run."""
 
     config: Config
     metrics: Metrics
     send: Send
     root: str
+    user_code: bool = True
 
 
 class Crew(Protocol):
@@ -89,6 +91,9 @@ class Crew(Protocol):
     files: JobFiles
     pool: WorkerPool | None
     progress_timeout_s: float
+
+    def open_user_pool(self) -> WorkerPool:
+        """Return the worker for users' own code. Raises Unsupported where none may run."""
 
     def release_retired(self) -> None:
         """A generation ended: arenas of ended sessions may no longer be needed."""
@@ -182,6 +187,9 @@ class Saves:
         self._metrics.observe_phase("plan", message.plan_s)
         self._metrics.observe_stall(message.stall_s)
         self._metrics.staged(message.image_bytes)
+        if message.code_bytes:
+            self._apply(generation, rules.RankHandedOver(session.rank, message.checkpoint_id))
+            return
         event = rules.RankSealed(session.rank, message.checkpoint_id, message.digest, message.image_bytes)
         self._apply(generation, event)
 
@@ -193,7 +201,9 @@ class Saves:
 
     def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
         """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""
-        if not is_canonical(message.checkpoint_id):
+        # What a user's own writer takes for an id is its own affair; no path is made of it here.
+        handed_over = isinstance(message, Sealed) and message.code_bytes > 0
+        if not (handed_over or isinstance(message, GaveUp) or is_canonical(message.checkpoint_id)):
             raise BadMessage(f"checkpoint id {message.checkpoint_id!r}, which is no absolute path")
         key = (session.incarnation, message.sequence)
         if key in self._verdicts:
@@ -241,6 +251,8 @@ class Saves:
                     self._begin(generation, self._write(generation, action.rank))
                 case rules.Commit():
                     self._begin(generation, self._commit(generation))
+                case rules.SaveHandedOver():
+                    self._begin(generation, self._save_handed_over(generation))
                 case rules.AnnounceCommit():
                     self._announce_commit(generation)
                 case rules.Abandon():
@@ -326,11 +338,30 @@ class Saves:
         news = Progress(generation.sequence, sum(generation.bytes_done.values()), generation.bytes_total)
         self._tell(generation, news)
 
-    async def _commit(self, generation: Generation) -> None:
+    async def _save_handed_over(self, generation: Generation) -> None:
+        """Have the planners and writers that the ranks handed over save what is staged."""
+        await self._older_ones_end(generation)
+        begun = time.monotonic()
+        for seal in generation.seals.values():
+            seal.arena.set_state(seal.message.slot, SlotState.PERSISTING, generation.sequence)
+        pool = self._crew.open_user_pool()
+        done = cast(
+            HandOverDone, await pool.run(hand_over_task(generation), on_progress=lambda _: generation.note_news())
+        )
+        generation.metadata = done.metadata
+        self._metrics.observe_phase("write", time.monotonic() - begun)
+        self._metrics.written(generation.bytes_total)
+        self._metrics.committed(generation.bytes_total, generation.seconds, now=time.time())
+        self._apply(generation, rules.Published())
+
+    async def _older_ones_end(self, generation: Generation) -> None:
         for older in list(self.generations.values()):
             if older is not generation and older.begun_at_s < generation.begun_at_s:
                 await older.ended.wait()
         generation.note_news()
+
+    async def _commit(self, generation: Generation) -> None:
+        await self._older_ones_end(generation)
         begun = time.monotonic()
         plan = generation.plan
         if plan is None:
@@ -367,7 +398,7 @@ class Saves:
             generation.rules.checkpoint_id, self._crew.name, generation.sequence,
             generation.bytes_total, generation.seconds,
         )  # fmt: skip
-        self._tell(generation, Committed(generation.sequence, generation.save_id))
+        self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
         self._end(generation)
 
     def _abandon(self, generation: Generation, action: rules.Abandon) -> None:
@@ -392,7 +423,7 @@ class Saves:
         for task in writers:
             task.cancel()  # what has begun is waited for all the same: two workers must not meet in one directory
         await asyncio.gather(*writers, return_exceptions=True)
-        if generation.seals and self._crew.pool is not None:
+        if generation.seals and not generation.rules.handed_over and self._crew.pool is not None:
             try:
                 await self._crew.pool.run(DiscardTask(generation.directory))
             except CkptdError as error:

@@ -84,6 +84,8 @@ class Daemon:
         self._router: Router | None = None
         self._root = self._tmpfs_directory()
         self._name = secrets.token_hex(8)
+        # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
+        self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
 
     def _tmpfs_directory(self) -> str:
         where = hashlib.blake2s(self._place.runtime.encode(), digest_size=6).hexdigest()
@@ -212,7 +214,7 @@ class Daemon:
         job = self._jobs.get(key)
         if job is None:
             assert self._router is not None
-            context = JobContext(self._config, self.metrics, self._send, self._root)
+            context = JobContext(self._config, self.metrics, self._send, self._root, self._user_code)
             job = Job(request.job, peer.uid, identity=_identity(peer), context=context)
         session = Session(peer, _identity(peer), request.rank, 0)
         job.attach(session, request)
@@ -229,6 +231,7 @@ class Daemon:
             os.getpid(),
             __version__,
             self._name,
+            self._user_code,
         )
         return session, attached
 
@@ -308,7 +311,7 @@ class Daemon:
             "runtime_dir": self._place.runtime,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
-            "workers": [pid for job in self._jobs.values() if job.pool for pid in job.pool.pids],
+            "workers": [pid for job in self._jobs.values() for pid in job.worker_pids],
             "jobs": jobs,
         }
 

@@ -92,6 +92,8 @@ class Session:
         aligned = seal.control_bytes % ALIGNMENT_BYTES == 0 and seal.image_bytes % ALIGNMENT_BYTES == 0
         if not aligned or seal.control_bytes + seal.image_bytes > arena.slot_bytes:
             raise BadMessage(f"an image of {seal.image_bytes} bytes in a slot of {arena.slot_bytes}")
+        if seal.code_offset + seal.code_bytes > seal.image_bytes:
+            raise BadMessage(f"a hand-over of {seal.code_bytes} bytes behind the end of its image")
         return arena
 
     def seals_left_behind(self) -> Iterator[Sealed]:

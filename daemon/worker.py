@@ -33,6 +33,8 @@ from ckptd.protocol.messages import (
     CommitTask,
     DiscardDone,
     DiscardTask,
+    HandOverDone,
+    HandOverTask,
     PlanDone,
     PlanTask,
     Task,
@@ -139,6 +141,10 @@ class Worker:
             case DiscardTask():
                 discard_save(task.directory)
                 return DiscardDone()
+            case HandOverTask():
+                from ckptd.daemon.handover import save_handed_over  # torch, and whatever else the user's code needs
+
+                return HandOverDone(save_handed_over(task, on_item=self._progress))
         assert_never(task)
 
     def _write(self, task: WriteTask) -> WriteDone:

@@ -60,6 +60,7 @@ class Attached(Message, frozen=True, tag="attached"):
     pid: int
     version: str
     daemon: str  # another one for each daemon: ranks compare it to see that they reached the same
+    user_code: bool = True  # whether users' own planners and writers may run in its workers
 
 
 class OpenArena(Message, frozen=True, tag="open_arena"):
@@ -121,6 +122,8 @@ class Sealed(Message, frozen=True, tag="sealed"):
     stage_s: Seconds
     stall_s: Seconds
     overwrite: bool = True
+    code_bytes: NBytes = 0  # not 0: a hand-over, whose pickle of so many bytes ends the image's last item
+    code_offset: NBytes = 0  # where it begins in the image
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
@@ -170,6 +173,7 @@ class Committed(Message, frozen=True, tag="committed"):
 
     sequence: int
     save_id: str
+    metadata: bytes = b""  # of a hand-over: its pickled Metadata, which the daemon does not look into
 
 
 class Aborted(Message, frozen=True, tag="aborted"):
@@ -259,6 +263,28 @@ class CommitDone(Message, frozen=True, tag="commit_done"):
     bytes_total: NBytes
 
 
+class StagedHandOver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one rank's hand-over lies: its image in an arena, and the pickle in the image."""
+
+    arena_path: Name
+    image_offset: NBytes
+    image_bytes: NBytes
+    code_offset: NBytes
+    code_bytes: NBytes
+
+
+class HandOverTask(Message, frozen=True, tag="hand_over_task"):
+    """Save with the planners and writers that the ranks, which are listed in order, have handed over."""
+
+    ranks: list[StagedHandOver]
+
+
+class HandOverDone(Message, frozen=True, tag="hand_over_done"):
+    """The writer has finished the checkpoint. ``metadata``: the pickled Metadata."""
+
+    metadata: bytes
+
+
 class DiscardTask(Message, frozen=True, tag="discard_task"):
     """Remove the hidden directory of a save that failed."""
 
@@ -279,8 +305,8 @@ AttachRequest = Attach | OpenArena
 AttachReply = Attached | ArenaOpened | Refused
 ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced
-Task = PlanTask | WriteTask | CommitTask | DiscardTask
-TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | TaskFailed
+Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask
+TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
 
 
 class _AttachVersion(msgspec.Struct):

@@ -51,6 +51,14 @@ class RankSealed:
 
 
 @dataclass(frozen=True)
+class RankHandedOver:
+    """A rank has staged all that it holds, with the planner and the writer that shall save it."""
+
+    rank: int
+    checkpoint_id: str
+
+
+@dataclass(frozen=True)
 class RankFell:
     """A rank will not stage its part: it gave up, died or fell silent."""
 
@@ -87,7 +95,7 @@ class Broke:
     rank: int | None = None
 
 
-Event = Proposed | RankSealed | RankFell | Planned | ImageWritten | Published | Broke
+Event = Proposed | RankSealed | RankHandedOver | RankFell | Planned | ImageWritten | Published | Broke
 
 
 # --- actions -----------------------------------------------------------------------------------------------------
@@ -132,7 +140,12 @@ class Abandon:
     replan: bool
 
 
-Action = MakePlan | Assign | Write | Commit | AnnounceCommit | Abandon
+@dataclass(frozen=True)
+class SaveHandedOver:
+    """Have the planners and writers that the ranks have handed over do the save."""
+
+
+Action = MakePlan | Assign | Write | Commit | SaveHandedOver | AnnounceCommit | Abandon
 
 
 @dataclass
@@ -153,6 +166,7 @@ class SaveRules:
     checkpoint_id: str = ""
     sealed: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    handed_over: set[int] = field(default_factory=set)
     _proposed: dict[int, str] = field(default_factory=dict)
     _planning: bool = False
     _planned: bool = False
@@ -179,6 +193,8 @@ class SaveRules:
                 return self._agree(event.rank, event.checkpoint_id) or self._on_proposed(event)
             case RankSealed():
                 return self._agree(event.rank, event.checkpoint_id) or self._on_sealed(event)
+            case RankHandedOver():
+                return self._agree(event.rank, event.checkpoint_id) or self._on_handed_over(event)
             case RankFell():
                 # A rank that has sealed may die: its bytes are ours now.
                 return [] if event.rank in self.sealed else self._abandon(self._of_rank(event.rank, event.error))
@@ -206,12 +222,16 @@ class SaveRules:
     def _on_proposed(self, event: Proposed) -> list[Action]:
         if event.rank in self.sealed or event.rank in self._proposed:
             return []  # said already
+        if self.handed_over:
+            return self._disagree(event.rank)
         self._proposed[event.rank] = event.digest
         return self._plan_when_complete()
 
     def _on_sealed(self, event: RankSealed) -> list[Action]:
         if event.rank in self.sealed:
             return []  # the same seal, heard twice: by message and by the slot's control area
+        if self.handed_over:
+            return self._disagree(event.rank)
         outdated = event.rank in self._proposed and not self._planned  # it waits for a plan: this is not that plan
         if outdated or not self.known or self.known[event.rank] != event.digest:
             reason = f"rank {event.rank} staged under a plan that is no longer in force; save again"
@@ -224,6 +244,22 @@ class SaveRules:
         if len(self.sealed) == self.world_size:
             self.state = State.WRITING
         return [Write(event.rank), *self._plan_when_complete()]
+
+    def _on_handed_over(self, event: RankHandedOver) -> list[Action]:
+        if event.rank in self.sealed:
+            return []  # heard twice
+        if self._proposed or self.sealed - self.handed_over:
+            return self._abandon(RankMismatch(event.rank, "a planner or writer of its own", "use ckptd's"))
+        self.known, self.known_bytes = (), ()
+        self.sealed.add(event.rank)
+        self.handed_over.add(event.rank)
+        if len(self.sealed) < self.world_size:
+            return []
+        self.state = State.COMMITTING
+        return [SaveHandedOver()]
+
+    def _disagree(self, rank: int) -> list[Action]:
+        return self._abandon(RankMismatch(rank, "a plan for ckptd's own writer", "handed over writers of their own"))
 
     def _plan_when_complete(self) -> list[Action]:
         if self._planning or not self._proposed or self.waiting_for():

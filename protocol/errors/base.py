@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -26,6 +26,16 @@ class CkptdError(RuntimeError):
         """Return this error in the form that crosses processes."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return ErrorReport(self.code, facts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error be pickled though it was made with keywords: users send failures between their processes."""
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(kind: type[CkptdError], args: tuple[Any, ...], facts: dict[str, Any]) -> CkptdError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(facts)
+    return error
 
 
 class RequestError(CkptdError):

@@ -9,8 +9,8 @@ from ckptd.protocol.errors.base import LifecycleError, PlanError
 
 
 @dataclass(eq=False)
-class BadPlan(PlanError):
-    """The items of the ranks leave a gap, overlap or contradict each other."""
+class BadPlan(PlanError, ValueError):
+    """The items of the ranks leave a gap, overlap or contradict each other. A ValueError, as torch's own."""
 
     code: ClassVar[str] = "bad_plan"
     key: str

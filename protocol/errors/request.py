@@ -134,6 +134,39 @@ class UnknownCheckpoint(RequestError):
 
 
 @dataclass(eq=False)
+class CheckpointExists(RequestError):
+    """There is a checkpoint under this id, and it must not be overwritten."""
+
+    code: ClassVar[str] = "checkpoint_exists"
+    path: str
+
+    def __str__(self) -> str:
+        return f"Checkpoint already exists at {self.path} and overwrite=False; give another id or overwrite=True"
+
+
+@dataclass(eq=False)
+class UnknownExtension(RequestError, ValueError):
+    """A checkpoint names an extension that is not registered. A ValueError, too, as stock raises."""
+
+    code: ClassVar[str] = "unknown_extension"
+    descriptor: str
+
+    def __str__(self) -> str:
+        return f"unknown extension {self.descriptor!r}; register its class with an ExtensionRegistry for the reader"
+
+
+@dataclass(eq=False)
+class OutputExists(RequestError):
+    """There is something already where a tool should write."""
+
+    code: ClassVar[str] = "output_exists"
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.path} exists already; choose another name, or replace it with --overwrite"
+
+
+@dataclass(eq=False)
 class MissingKeys(RequestError):
     """The state dict asks for keys that the checkpoint does not hold."""
 
@@ -150,8 +183,8 @@ class MissingKeys(RequestError):
 
 
 @dataclass(eq=False)
-class Mismatch(RequestError):
-    """A key's shape or kind in the checkpoint is not what the state dict wants."""
+class Mismatch(RequestError, ValueError):
+    """A key's shape or kind in the checkpoint is not what the state dict wants. A ValueError, as torch's own."""
 
     code: ClassVar[str] = "mismatch"
     key: str
@@ -160,3 +193,16 @@ class Mismatch(RequestError):
 
     def __str__(self) -> str:
         return f"{self.key}: the state dict wants {self.wanted}, the checkpoint holds {self.stored}"
+
+
+@dataclass(eq=False)
+class UserCodeFailed(RequestError):
+    """A user's own planner, storage writer or reader raised an error."""
+
+    code: ClassVar[str] = "user_code_failed"
+    rank: int
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.where} failed: {self.reason}"

@@ -36,6 +36,69 @@ class RankFailed(StorageError):
 
 
 @dataclass(eq=False)
+class SeveralFailed(StorageError):
+    """Several writers of one rank failed, each for a reason of its own."""
+
+    code: ClassVar[str] = "several_failed"
+    count: int
+    causes: str
+
+    def __str__(self) -> str:
+        return f"{self.count} writers failed: {self.causes}"
+
+
+@dataclass(eq=False)
+class SaveAborted(StorageError):
+    """The hidden directory of a save is not there, so that this rank cannot write its part."""
+
+    code: ClassVar[str] = "save_aborted"
+    path: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is gone: another rank of this save has failed, "
+            "or this node does not share the coordinator's file system"
+        )
+
+
+@dataclass(eq=False)
+class ObjectStoreFailed(StorageError):
+    """A call to an object store failed, and went on failing when it was made again."""
+
+    code: ClassVar[str] = "object_store_failed"
+    call: str
+    url: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.call} {self.url}: {self.reason}"
+
+
+@dataclass(eq=False)
+class WrongUpload(StorageError):
+    """What an object store holds is not what was sent to it."""
+
+    code: ClassVar[str] = "wrong_upload"
+    url: str
+    sent: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: sent {self.sent}, the store has {self.found}; save again"
+
+
+@dataclass(eq=False)
+class ItemNotReported(StorageError):
+    """The metadata names an item that no rank has written."""
+
+    code: ClassVar[str] = "item_not_reported"
+    item: str
+
+    def __str__(self) -> str:
+        return f"{self.item}: the plan holds it, but no rank reported it written; nothing was published"
+
+
+@dataclass(eq=False)
 class MissingFile(StorageError):
     """A file that the index names is not there."""
 
@@ -84,6 +147,18 @@ class BadIndex(StorageError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}; load another checkpoint"
+
+
+@dataclass(eq=False)
+class BadFile(StorageError):
+    """A file of another format (torch.save, safetensors) that cannot be read or trusted."""
+
+    code: ClassVar[str] = "bad_file"
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(eq=False)

@@ -18,7 +18,9 @@ from ckptd.protocol.save import (
     Proposed,
     Published,
     RankFell,
+    RankHandedOver,
     RankSealed,
+    SaveHandedOver,
     SaveRules,
     State,
     Write,
@@ -79,8 +81,12 @@ class Watched:
                     seal = self.seals[rank]
                     assert (seal.digest, seal.image_bytes) == (digests[rank], planned)
                     assert self.reports[rank] == planned
+            case SaveHandedOver():
+                assert action not in self.asked
+                assert {said.rank for said in self.said if isinstance(said, RankHandedOver)} == set(range(WORLD))
+                assert not any(isinstance(asked, Write | MakePlan | Commit) for asked in self.asked)
             case AnnounceCommit():
-                assert Commit() in self.asked
+                assert (Commit() in self.asked) != (SaveHandedOver() in self.asked)
                 assert Published() in self.said
         ends = [asked for asked in [*self.asked, action] if isinstance(asked, AnnounceCommit | Abandon)]
         assert len(ends) <= 1
@@ -106,6 +112,7 @@ def reports(draw) -> ImageWritten:
     return ImageWritten(rank, PLANNED[rank] - draw(st.sampled_from([0] * 20 + [1])))
 
 
+hand_overs = st.builds(RankHandedOver, ranks, ids)
 proposals = st.builds(Proposed, ranks, ids, st.just("new"))
 failures = st.builds(RankFell, ranks, st.just(RankLost(0, 1, "died"))) | st.builds(
     Broke, st.just(DiskFull("/", 1, 0)), st.none() | ranks
@@ -127,6 +134,14 @@ def test_it_never_commits_while_an_image_is_missing_or_short(known, events, bad_
             watched.hear(event)
         elif watched.plan is not None:
             watched.hear(watched.plan)
+
+
+@often
+@given(st.booleans(), st.lists(st.one_of(hand_overs, hand_overs, seals(), proposals, failures, st.just(Published()))))
+def test_a_hand_over_is_saved_by_all_ranks_own_writers_or_not_at_all(known, events):
+    watched = Watched(known=known)
+    for event in events:
+        watched.hear(event)
 
 
 @st.composite

@@ -18,6 +18,7 @@ SAMPLES = {
         m.Heartbeat(),
         m.Propose(1, "/runs/7", "digest", b"plan", True),
         m.Sealed(1, "/runs/7", "digest", 1, 0, 8192, 4096, b"\0" * 8, 0.1, 0.2, 0.3, False),
+        m.Sealed(1, "x", "handed over", 1, 0, 12288, 8192, b"\0" * 8, 0.1, 0.2, 0.3, True, 7, 4096),
         m.GaveUp(1, "/runs/7", ERROR),
         m.Detach(),
     ],
@@ -35,6 +36,7 @@ SAMPLES = {
         m.WriteTask("/plan", 1, "/arena", 4096, 8192, b"", "/dir", "__1_0.distcp", 4, 1 << 20),
         m.CommitTask("/plan", "/dir", "/runs/7", "save", [b"h"], [7], [b"o"], True, {"job": "job"}),
         m.DiscardTask("/dir"),
+        m.HandOverTask([m.StagedHandOver("/arena", 4096, 8192, 4096, 7)]),
     ],
     m.decode_task_reply: [
         m.PlanDone([b"\0" * 8], [4096]),
@@ -42,6 +44,7 @@ SAMPLES = {
         m.WriteDone(4096, b"\0" * 8, 2**64 - 1, 0.5, 0.25, True),
         m.CommitDone(4096),
         m.DiscardDone(),
+        m.HandOverDone(b"metadata"),
         m.TaskFailed(ERROR),
     ],
 }

@@ -17,7 +17,9 @@ from ckptd.protocol.save import (
     Proposed,
     Published,
     RankFell,
+    RankHandedOver,
     RankSealed,
+    SaveHandedOver,
     SaveRules,
     State,
     Write,
@@ -233,3 +235,50 @@ def test_it_tells_whom_it_waits_for():
     save = steady(3)
     play(save, sealed(2), proposed(0))
     assert (save.waiting_for(), save.unsealed()) == ([1], [0, 1])
+
+
+class TestHandOvers:
+    """Ranks whose own planners and writers do the save."""
+
+    def test_the_save_begins_when_all_ranks_have_handed_over_and_needs_no_plan(self):
+        save = SaveRules(2)
+        assert save.handle(RankHandedOver(1, ID)) == []
+        assert save.waiting_for() == [0]
+        assert save.handle(RankHandedOver(0, ID)) == [SaveHandedOver()]
+        assert save.state is State.COMMITTING
+        assert save.handle(Published()) == [AnnounceCommit()]
+
+    def test_a_plan_of_earlier_saves_does_not_matter(self):
+        assert steady(1).handle(RankHandedOver(0, ID)) == [SaveHandedOver()]
+
+    def test_the_same_hand_over_heard_twice_counts_once(self):
+        save = SaveRules(2)
+        assert play(save, RankHandedOver(0, ID), RankHandedOver(0, ID)) == []
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (RankHandedOver(0, ID), sealed(1)),
+            (RankHandedOver(0, ID), proposed(1)),
+            (sealed(0), RankHandedOver(1, ID)),
+            (proposed(0), RankHandedOver(1, ID)),
+        ],
+        ids=["a seal", "a proposal", "after a seal", "after a proposal"],
+    )
+    def test_ranks_that_disagree_about_the_writer_fail_the_save(self, first, second):
+        action = abandoned(steady(), first, second)
+        assert isinstance(action.error, RankMismatch)
+        assert action.error.rank == 1
+
+    def test_another_checkpoint_id_fails_the_save(self):
+        assert isinstance(abandoned(SaveRules(2), RankHandedOver(0, ID), RankHandedOver(1, "x")).error, RankMismatch)
+
+    def test_a_rank_that_dies_after_it_handed_over_is_not_missed(self):
+        save = SaveRules(2)
+        assert play(save, RankHandedOver(1, ID), RankFell(1, LOST)) == []
+        assert isinstance(abandoned(save, RankFell(0, LOST)).error, RankLost)
+
+    def test_a_writer_that_fails_fails_the_save(self):
+        save = SaveRules(1)
+        save.handle(RankHandedOver(0, ID))
+        assert abandoned(save, Broke(DeadlineExceeded("a worker", 3))).replan is False
