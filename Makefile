@@ -3,14 +3,14 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench cross-version format clean
 .DELETE_ON_ERROR:
 
-# torch first: a plain `torch` requirement would fetch gigabytes of CUDA packages.
+# torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[dev,bench]"
 	touch $@
 
 demo: .venv/installed
@@ -27,6 +27,11 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Other torch versions in environments of their own, removed afterwards; CUDA builds take gigabytes meanwhile.
+CROSS ?= 2.13.0 2.14.1
+cross-version: .venv/installed
+	$(BIN)/python tests/cross_version/run.py $(CROSS)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
