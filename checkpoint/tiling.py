@@ -38,8 +38,10 @@ def check_tiling(names: list[str], shape: Int64, ndim: NDArray[np.uint8], chunks
     held = np.zeros(len(names), np.int64)
     np.add.at(held, name, np.where(used[name], sizes, 1).prod(axis=1))
     count = np.bincount(name, minlength=len(names))
+    by_name = np.argsort(name, kind="stable")
+    ends = np.cumsum(count)
     for several in np.flatnonzero(count > 1).tolist():
-        mine = np.flatnonzero(name == several)
+        mine = by_name[ends[several] - count[several] : ends[several]]
         width = int(ndim[several])
         if overlaps(offsets[mine, :width], sizes[mine, :width]):
             raise BadPlan(names[several], "chunks overlap")
@@ -67,7 +69,7 @@ def overlaps(offsets: Int64, sizes: Int64) -> bool:
     offsets, ends = offsets[order], (offsets + sizes)[order]
     # Only boxes that begin before this one ends can overlap it.
     reach = np.searchsorted(offsets[:, sweep], ends[:, sweep], side="left")
-    for at in range(len(offsets) - 1):
+    for at in np.flatnonzero(reach > np.arange(1, len(reach) + 1)).tolist():
         others = slice(at + 1, int(reach[at]))
         apart = (offsets[others] >= ends[at]) | (ends[others] <= offsets[at])
         if not apart.any(axis=1).all():
