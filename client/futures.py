@@ -10,6 +10,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ckptd.client.failures import as_checkpoint_failure, as_failure
+from ckptd.client.logging_handlers import note
 from ckptd.protocol.errors import CkptdError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         staging_completion: Done when the last byte is staged: from then on the tensors may change, and the
             trainer may die without harm to the save.
         stall_s: Seconds for which the caller of `async_save` was held, once it has returned.
+        rank: This process's rank in the job.
     """
 
     def __init__(self, checkpoint_id: str, read_metadata: Callable[[], Metadata]) -> None:
@@ -41,6 +44,8 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         self.checkpoint_id = checkpoint_id
         self.staging_completion: Future[None] = Future()
         self.stall_s = 0.0
+        self.rank: int | None = None
+        self._begun_s = time.monotonic()
         self._read_metadata = read_metadata
         self._metadata: Metadata | None = None
         self._building = threading.Lock()
@@ -73,13 +78,14 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
             timeout: Seconds to wait; None waits until the save has ended, which the daemon's deadlines bound.
 
         Raises:
-            CkptdError: The save failed; the cause is the same on all ranks.
+            CkptdError: The save failed; the cause is the same on all ranks. It is a CheckpointException, too.
             TimeoutError: It had not ended in time.
         """
         super().result(timeout)
         with self._building:
             if self._metadata is None:
-                self._metadata = self._read_metadata()
+                with as_checkpoint_failure():
+                    self._metadata = self._read_metadata()
             return self._metadata
 
     # What the session calls.
@@ -101,18 +107,30 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
             self._progress = SaveProgress(self._progress.bytes_total, self._progress.bytes_total)
         with contextlib.suppress(InvalidStateError):
             self.set_result(None)
+            self._tell("commit", nbytes=self._progress.bytes_total)
 
     def note_staging_failed(self, error: CkptdError) -> None:
         """The tensors were not staged; whether the save fails is for the daemon to say, to all ranks alike."""
         with contextlib.suppress(InvalidStateError):
-            self.staging_completion.set_exception(error)
+            self.staging_completion.set_exception(_kept(error))
 
     def note_failed(self, error: CkptdError) -> None:
         """The save failed, before or after it was staged. Two threads may find so at once: the first one counts."""
+        failure = _kept(error)
         with contextlib.suppress(InvalidStateError):
-            self.staging_completion.set_exception(error)
+            self.staging_completion.set_exception(failure)
         with contextlib.suppress(InvalidStateError):
-            self.set_exception(error)
+            self.set_exception(failure)
+            self._tell("fail", error=failure)
+
+    def _tell(self, phase: Literal["commit", "fail"], *, nbytes: int = 0, error: CkptdError | None = None) -> None:
+        seconds = time.monotonic() - self._begun_s
+        note("save", phase, self.checkpoint_id, self.rank, seconds, nbytes=nbytes, error=error)
+
+
+def _kept(error: CkptdError) -> CkptdError:
+    """Return an error as a future may keep it: without frames, which hold the tensors that were being saved."""
+    return as_failure(error).with_traceback(None)
 
 
 def wait_quietly(future: Future[None], *, timeout_s: float) -> None:

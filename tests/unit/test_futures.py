@@ -8,10 +8,11 @@ import threading
 
 import pytest
 
+from ckptd.client.failures import as_failure
 from ckptd.client.futures import SaveFuture, SaveProgress, wait_quietly
 from ckptd.protocol.errors import BadIndex, DaemonLost, DiskFull
 
-ERROR = DiskFull("/runs", 10, 3)
+ERROR = as_failure(DiskFull("/runs", 10, 3))
 
 
 class Reader:
