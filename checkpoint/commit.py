@@ -107,7 +107,7 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
         publish(task.directory, task.checkpoint_id, overwrite=task.overwrite)
     else:
         sync_directory(os.path.dirname(task.checkpoint_id))
-    _clear_away(task.directory, task.checkpoint_id)
+    clear_away(task.directory, task.checkpoint_id)
     images = sum(os.stat(os.path.join(task.checkpoint_id, name)).st_size for name in set(index.files))
     return images + len(encoded) + len(metadata)
 
@@ -172,7 +172,7 @@ def _save_id_of(checkpoint_id: str) -> str | None:
     return header.get("save_id") if isinstance(header, dict) else None
 
 
-def _clear_away(directory: str, checkpoint_id: str) -> None:
+def clear_away(directory: str, checkpoint_id: str) -> None:
     """Remove the old checkpoint, which got the hidden name in exchange, or ``.old`` where names cannot be exchanged."""
     for old in (directory, f"{directory}.old"):
         if os.path.isdir(old):

@@ -228,7 +228,7 @@ class TestACommitDoneAgain:
             (Path(checkpoint_id) / "notes.txt").write_text("mine")
         task = write_images(plan, checkpoint_id, seed=2)
         with monkeypatch.context() as patch:
-            patch.setattr(commit_module, "_clear_away", _die)
+            patch.setattr(commit_module, "clear_away", _die)
             with pytest.raises(KeyboardInterrupt):
                 commit(plan, task)
         assert standing(checkpoint_id) == "save2"
