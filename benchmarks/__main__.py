@@ -60,6 +60,7 @@ def _extent(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> E
         slowdowns=1,
         loads=1,
         soak_saves=40,
+        items=50_000,
     )
 
 

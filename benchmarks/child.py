@@ -19,11 +19,12 @@ from benchmarks.samples import Message, Result, Step
 
 _LIMITS = "limits"
 _SOAK = "soak"
+_PLANNING = "planning"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one system; see python -m benchmarks.")
-    parser.add_argument("--system", required=True, help="ckptd, sync, thread, process, limits or soak")
+    parser.add_argument("--system", required=True, help="ckptd, sync, thread, process, limits, soak or planning")
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--tensors", type=int, default=1000)
     parser.add_argument("--saves", type=int, default=3)
@@ -40,6 +41,10 @@ def _measure(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Resu
         from benchmarks.limits import measure_limits
 
         return measure_limits(arguments.bytes, directory, repeats=arguments.saves, tell=tell)
+    if arguments.system == _PLANNING:
+        from benchmarks.planning import measure_planning
+
+        return measure_planning(arguments.tensors, arguments.bytes, directory=directory, tell=tell)
     from benchmarks.systems import SYSTEMS
     from benchmarks.trials import Scope, Trial, soak
 

@@ -1,4 +1,8 @@
-"""The machine's own limits: a memcpy into shared memory, raw O_DIRECT writes and reads, a matmul loop beside them."""
+"""The machine's own limits: a memcpy into shared memory, raw O_DIRECT writes and reads, a matmul loop beside them.
+
+They drift by the minute, and memory is as fast as the kernel's choice of its pages: so besides a turn of their own,
+:class:`PairedLimits` takes them in the process, and in the moment, of the figure that is held against them.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from benchmarks.matmul import slowdown_beside, thread_counts
 from benchmarks.measure import delete_and_settle
 from benchmarks.samples import LimitsResult, SlowdownSample
+
+if TYPE_CHECKING:
+    import torch
 
 # Four threads with 8 MiB each fill the queue of an NVMe disk; fewer or smaller writes were slower on every disk tried,
 # more or larger ones no faster.
@@ -58,6 +65,46 @@ def measure_limits(nbytes: int, directory: Path, *, repeats: int, tell: Callable
     tell("matmul beside the raw write")
     result.slowdowns.extend(_slowdown(path, shared, threads) for threads in thread_counts())
     return result
+
+
+class PairedLimits:
+    """Limits taken between a system's own saves and loads, on the same bytes.
+
+    Args:
+        tensors: The tensors that are saved: contiguous, in host memory.
+        directory: Where raw files go.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], directory: Path) -> None:
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._target = _shared_memory(-(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES)
+        self._tensors, self._directory = tensors, directory
+        self.memcpy_s()  # touches the target
+
+    def memcpy_s(self) -> float:
+        """Return the seconds of one memmove for each tensor, into touched shared memory."""
+        at, blocks = _address(self._target), []
+        for tensor in self._tensors:
+            blocks.append((at, tensor.data_ptr(), tensor.nbytes))
+            at += tensor.nbytes
+
+        def copy() -> None:
+            for block in blocks:
+                ctypes.memmove(*block)
+
+        return _timed(copy)
+
+    def write_s(self) -> float:
+        """Return the seconds of a raw write of as many bytes."""
+        path = self._directory / "paired"
+        try:
+            return _write(path, self._target)
+        finally:
+            delete_and_settle(path)
+
+    def read_s(self, path: Path) -> float:
+        """Return the seconds of a raw read of a checkpoint's files, one after the other."""
+        return sum(_read(file) for file in sorted(path.iterdir()))
 
 
 def _slowdown(path: Path, shared: mmap.mmap, threads: int) -> SlowdownSample:
@@ -139,7 +186,8 @@ def _read(path: Path) -> float:
         def read(thread: int, begin: int, end: int) -> None:
             buffer = buffers[thread]
             while begin < end:
-                count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+                wanted = -(-(end - begin) // _BLOCK_BYTES) * _BLOCK_BYTES  # a file's end is in no multiple of blocks
+                count = os.preadv(descriptor, [buffer[:wanted]], begin)
                 if count == 0:
                     raise OSError(f"{path} ends at {begin} bytes")
                 begin += count

@@ -28,6 +28,7 @@ _ENDS_WITHIN_S: Final = 90.0  # the daemon may take a minute to write what is se
 _LOG_LINES_SHOWN: Final = 20
 _SOAK_BYTES: Final = 8_000_000
 _SOAK_TENSORS: Final = 100
+_RESHARD_BYTES: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Extent:
         slowdowns: Saves of ckptd beside a matmul loop, for each number of threads and round; of stock it is one.
         loads: Loads of each system and round, cold and warm each.
         soak_saves: Saves of a small model in a row.
+        items: Chunks of tensors in the metadata that are written and read.
     """
 
     nbytes: int
@@ -53,6 +55,7 @@ class Extent:
     slowdowns: int = 2
     loads: int = 2
     soak_saves: int = 200
+    items: int = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def turns_of(extent: Extent) -> list[Turn]:
     turns.append(Turn("limits once more", limits))
     small = ["--bytes", str(_SOAK_BYTES), "--tensors", str(_SOAK_TENSORS), "--saves", str(extent.soak_saves)]
     turns.append(Turn(f"{extent.soak_saves} small saves", ["--system", "soak", *small]))
+    many = ["--bytes", str(min(extent.nbytes, _RESHARD_BYTES)), "--tensors", str(extent.items)]
+    turns.append(Turn(f"planning, and metadata of {extent.items:,} items", ["--system", "planning", *many]))
     return turns
 
 

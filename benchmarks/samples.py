@@ -35,6 +35,32 @@ class SaveSample(Sample, frozen=True):
         return self.announced_s - self.staged_s if self.stall_s < self.announced_s else self.announced_s
 
 
+class Pair(Sample, frozen=True):
+    """A figure of ours, and the machine's own, taken just before it: both in seconds."""
+
+    ours_s: float
+    limit_s: float
+
+    @property
+    def slower(self) -> float:
+        """How many times the limit's seconds ours took."""
+        return self.ours_s / self.limit_s
+
+
+class Pairs(Sample, frozen=True):
+    """Figures of ckptd beside the machine's own.
+
+    Attributes:
+        stall: `async_save`, staged in the call, and a memcpy of the same tensors into shared memory.
+        persist: Staged to durable, and a raw O_DIRECT write of as many bytes.
+        cold_load: A load from the disk, and a raw O_DIRECT read of the same files.
+    """
+
+    stall: list[Pair]
+    persist: list[Pair]
+    cold_load: list[Pair]
+
+
 class SlowdownSample(Sample, frozen=True):
     """A matmul loop in the trainer, beside a save and without one.
 
@@ -72,6 +98,7 @@ class SystemResult(Sample, frozen=True):
         peak_dirty_bytes: Most page cache of the machine that waited to be written, in the same save.
         cold_load_s: Seconds of each load with the files dropped from the page cache.
         warm_load_s: Seconds of each load with the files in the page cache.
+        pairs: The machine's limits, taken between the saves and loads; only ckptd's.
     """
 
     system: str
@@ -86,6 +113,7 @@ class SystemResult(Sample, frozen=True):
     peak_dirty_bytes: int
     cold_load_s: list[float]
     warm_load_s: list[float]
+    pairs: Pairs | None = None
 
 
 class LimitsResult(Sample, frozen=True):
@@ -111,11 +139,70 @@ class SoakResult(Sample, frozen=True):
     resident_bytes: list[int]
 
 
+class FormatSample(Sample, frozen=True):
+    """What writing and reading the metadata of one checkpoint takes, in seconds, files in the page cache.
+
+    Attributes:
+        what: Its shape, for people.
+        items: Chunks of tensors in it.
+        index_write_s: Our index, from columns to a file.
+        index_read_s: Our index, from a file to checked columns.
+        metadata_write_s: Stock's `.metadata`, written by us.
+        metadata_read_s: Stock's `.metadata`, written by stock, read by us to checked columns.
+        stock_write_s: `pickle.dump` of torch's own objects, as stock does it.
+        stock_read_s: `pickle.load` of that file, as stock does it.
+        peak_bytes: Most memory above that before it: of each of the four that are ours, in this order.
+    """
+
+    what: str
+    items: int
+    index_write_s: list[float]
+    index_read_s: list[float]
+    metadata_write_s: list[float]
+    metadata_read_s: list[float]
+    stock_write_s: float
+    stock_read_s: float
+    peak_bytes: list[int]
+
+
+class ReshardSample(Sample, frozen=True):
+    """Loads of one rank's columns from a checkpoint that other ranks have saved by rows; files in the page cache."""
+
+    nbytes: int
+    tensors: int
+    saved_by: int
+    loaded_by: int
+    ours_s: list[float]
+    stock_s: list[float]
+
+
+class PlanningResult(Sample, frozen=True):
+    """Planning and metadata.
+
+    Attributes:
+        local_items: Items of one rank's plan.
+        local_plan_s: From a look at the state dict to the encoded plan and its digest.
+        layout_s: From the daemon's answer to the places of all items in the image.
+        ranks: Ranks of the global plan.
+        tensors: Tensors of which each of them holds a part.
+        global_plan_s: From all ranks' encoded plans to the plan of the job.
+    """
+
+    local_items: int
+    local_plan_s: list[float]
+    layout_s: list[float]
+    ranks: int
+    tensors: int
+    global_plan_s: list[float]
+    formats: list[FormatSample]
+    reshard: ReshardSample
+
+
 class Step(Sample, frozen=True):
     """What a child is about to do, for whoever watches."""
 
     what: str
 
 
-Result = SystemResult | LimitsResult | SoakResult
+Result = SystemResult | LimitsResult | SoakResult | PlanningResult
 Message = Result | Step

@@ -10,7 +10,16 @@ from statistics import median
 
 import msgspec
 
-from benchmarks.samples import LimitsResult, Result, SaveSample, SlowdownSample, SoakResult, SystemResult
+from benchmarks.samples import (
+    LimitsResult,
+    Pair,
+    PlanningResult,
+    Result,
+    SaveSample,
+    SlowdownSample,
+    SoakResult,
+    SystemResult,
+)
 
 
 class SystemSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +50,13 @@ class SystemSummary(msgspec.Struct, frozen=True, kw_only=True):
     lost_s: float
     cold_load_gb_per_s: float | None
     warm_load_gb_per_s: float | None
+
+
+class Against(msgspec.Struct, frozen=True, kw_only=True):
+    """Ours against a limit taken beside it: the median of the ratios of their seconds, and the limit's own seconds."""
+
+    slower: float
+    limit_s: float
 
 
 class LimitsSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +90,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tensors: int
     systems: dict[str, SystemSummary]
     limits: LimitsSummary
+    stall: Against
+    persist: Against
+    cold_load: Against | None
     soak: SoakResult
+    planning: PlanningResult
 
     @property
     def growth_bytes(self) -> int:
@@ -94,15 +114,26 @@ def summarize(results: Sequence[Result], *, others_share: float) -> Summary:
         if isinstance(result, SystemResult):
             by_system.setdefault(result.system, []).append(result)
     any_system = next(iter(by_system.values()))[0]
+    pairs = [result.pairs for rounds in by_system.values() for result in rounds if result.pairs is not None]
+    cold = [pair for found in pairs for pair in found.cold_load]
     [soak] = [result for result in results if isinstance(result, SoakResult)]
+    [planning] = [result for result in results if isinstance(result, PlanningResult)]
     return Summary(
         others_share=others_share,
         gigabytes=any_system.nbytes / 1e9,
         tensors=any_system.tensors,
         systems={name: _summarize_system(rounds) for name, rounds in by_system.items()},
         limits=_summarize_limits([result for result in results if isinstance(result, LimitsResult)]),
+        stall=_against([pair for found in pairs for pair in found.stall]),
+        persist=_against([pair for found in pairs for pair in found.persist]),
+        cold_load=_against(cold) if cold else None,
         soak=soak,
+        planning=planning,
     )
+
+
+def _against(pairs: list[Pair]) -> Against:
+    return Against(slower=median(pair.slower for pair in pairs), limit_s=median(pair.limit_s for pair in pairs))
 
 
 def _summarize_system(rounds: list[SystemResult]) -> SystemSummary:

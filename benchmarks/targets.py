@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Final, Literal
 
 import msgspec
 
+from benchmarks.samples import FormatSample
 from benchmarks.summary import Summary
 
 _FLAT_BYTES: Final = 1 << 20  # CPython takes memory from the system in steps of 1 MiB: obmalloc.h, ARENA_SIZE
 _SLOWED_AT_MOST: Final = 0.05
+_LOCAL_PLAN_WITHIN_S: Final = 50e-3
 _RETURNS_WITHIN_S: Final = 2e-3
 _RETURNS_WITHIN_S_PER_TENSOR: Final = 5e-6
 
@@ -46,7 +49,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 def targets_of(run: Summary) -> list[Target]:
     """Return every promise with the figures of a run."""
-    return [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run), *_loading(run)]
+    return [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run), *_loading(run), *_planning(run)]
 
 
 def _persisting(run: Summary) -> list[Target]:
@@ -70,9 +73,9 @@ def _persisting(run: Summary) -> list[Target]:
             unit="GB/s",
             ours=ours.persist_gb_per_s,
             stock=[process.persist_gb_per_s],
-            limit=limits.write_gb_per_s,
-            ratio_of="ours / raw write",
-            ratio=ours.persist_gb_per_s / limits.write_gb_per_s,
+            limit=run.gigabytes / run.persist.limit_s,
+            ratio_of="ours / raw write, pairs",
+            ratio=1 / run.persist.slower,
             relation="≥",
             bound=0.85,
         ),
@@ -93,7 +96,6 @@ def _persisting(run: Summary) -> list[Target]:
 
 def _staging(run: Summary) -> list[Target]:
     ours, process = run.systems["ckptd"], run.systems["process"]
-    memcpy_s = run.limits.memcpy_s(run.gigabytes)
     targets = [
         Target(
             number=3,
@@ -101,9 +103,9 @@ def _staging(run: Summary) -> list[Target]:
             unit="s",
             ours=ours.stall_s,
             stock=[process.stall_s],
-            limit=memcpy_s,
-            ratio_of="ours / memcpy",
-            ratio=ours.stall_s / memcpy_s,
+            limit=run.stall.limit_s,
+            ratio_of="ours / memcpy, pairs",
+            ratio=run.stall.slower,
             relation="≤",
             bound=1.15,
         )
@@ -184,9 +186,9 @@ def _slowdowns(run: Summary) -> list[Target]:
 
 
 def _loading(run: Summary) -> list[Target]:
-    ours, stock, limits = run.systems["ckptd"], run.systems["sync"], run.limits
+    ours, stock = run.systems["ckptd"], run.systems["sync"]
     targets = []
-    if ours.cold_load_gb_per_s and stock.cold_load_gb_per_s:
+    if ours.cold_load_gb_per_s and stock.cold_load_gb_per_s and run.cold_load is not None:
         targets.append(
             Target(
                 number=6,
@@ -194,9 +196,9 @@ def _loading(run: Summary) -> list[Target]:
                 unit="GB/s",
                 ours=ours.cold_load_gb_per_s,
                 stock=[stock.cold_load_gb_per_s],
-                limit=limits.read_gb_per_s,
-                ratio_of="ours / raw read",
-                ratio=ours.cold_load_gb_per_s / limits.read_gb_per_s,
+                limit=run.gigabytes / run.cold_load.limit_s,
+                ratio_of="ours / raw read, pairs",
+                ratio=1 / run.cold_load.slower,
                 relation="≥",
                 bound=0.85,
             )
@@ -217,3 +219,60 @@ def _loading(run: Summary) -> list[Target]:
             )
         )
     return targets
+
+
+def _planning(run: Summary) -> list[Target]:
+    planning, reshard = run.planning, run.planning.reshard
+    local_s = median(planning.local_plan_s) + median(planning.layout_s)
+    ours_s, stock_s = median(reshard.ours_s), median(reshard.stock_s)
+    return [
+        Target(
+            number=6,
+            what=f"load by {reshard.loaded_by} ranks of what {reshard.saved_by} saved, warm",
+            unit="GB/s",
+            ours=reshard.nbytes / reshard.loaded_by / 1e9 / ours_s,
+            stock=[reshard.nbytes / reshard.loaded_by / 1e9 / stock_s],
+            limit=None,
+            ratio_of="ours / torch",
+            ratio=stock_s / ours_s,
+            relation="≥",
+            bound=2.0,
+        ),
+        Target(
+            number=7,
+            what=f"local plan and layout, {planning.local_items:,} items",
+            unit="ms",
+            ours=local_s * 1e3,
+            stock=[],
+            limit=_LOCAL_PLAN_WITHIN_S * 1e3,
+            ratio_of="ours / 50 ms",
+            ratio=local_s / _LOCAL_PLAN_WITHIN_S,
+            relation="≤",
+            bound=1.0,
+        ),
+        *(target for sample in planning.formats for target in _metadata(sample)),
+    ]
+
+
+def _metadata(sample: FormatSample) -> list[Target]:
+    figures = [
+        ("our index written", median(sample.index_write_s), sample.stock_write_s, 20.0),
+        ("our index read", median(sample.index_read_s), sample.stock_read_s, 20.0),
+        (".metadata written", median(sample.metadata_write_s), sample.stock_write_s, 3.0),
+        (".metadata read", median(sample.metadata_read_s), sample.stock_read_s, 1.0),
+    ]
+    return [
+        Target(
+            number=8,
+            what=f"{what}, {sample.what}",
+            unit="s",
+            ours=ours_s,
+            stock=[stock_s],
+            limit=None,
+            ratio_of="torch / ours",
+            ratio=stock_s / ours_s,
+            relation="≥",
+            bound=bound,
+        )
+        for what, ours_s, stock_s, bound in figures
+    ]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import measure
+from benchmarks.limits import PairedLimits
 from benchmarks.matmul import slowdown_beside, thread_counts
-from benchmarks.samples import SaveSample, SlowdownSample, SoakResult, SystemResult
+from benchmarks.samples import Pair, Pairs, SaveSample, SlowdownSample, SoakResult, SystemResult
 from benchmarks.systems import Ckptd, Pending, System
 from benchmarks.workload import StateDict, bytes_of, clear, digest_of, make_state_dict, tensors_of
 
@@ -54,11 +55,15 @@ class Trial:
     def __init__(self, name: str, system: System, directory: Path, tell: Callable[[str], None]) -> None:
         self._name, self._system, self._directory, self._tell = name, system, directory, tell
         self._numbers = count()
+        self._limits: PairedLimits | None = None
+        self._pairs = Pairs(stall=[], persist=[], cold_load=[])
 
     def run(self, scope: Scope) -> SystemResult:
         """Measure everything that applies to the system."""
         self._tell("making the state dict")
         state = make_state_dict(scope.nbytes, scope.tensors)
+        if isinstance(self._system, Ckptd):
+            self._limits = PairedLimits(tensors_of(state), self._directory)
         without = measure.memory_bytes(measure.family())
         try:
             self._tell("opening")
@@ -66,7 +71,7 @@ class Trial:
             self._system.open(state)
             open_s = time.perf_counter() - begun
             [first] = self._saves(state, 1, "first save")
-            steady = self._saves(state, scope.saves, "save")
+            steady = self._steady_saves(state, scope.saves)
             background = self._background_saves(state, scope.saves)
             peak_bytes, dirty_bytes = self._peak_memory(state) if scope.memory else (0, 0)
             slowdowns = self._slowdowns(state, scope.slowdowns)
@@ -88,6 +93,7 @@ class Trial:
             peak_dirty_bytes=dirty_bytes,
             cold_load_s=self._loads(state, last, scope.loads, cold=True),
             warm_load_s=self._loads(state, last, scope.loads, cold=False),
+            pairs=None if self._limits is None else self._pairs,
         )
 
     def _path(self) -> Path:
@@ -102,6 +108,20 @@ class Trial:
             path = self._path()
             samples.append(self._timed(state, path))
             measure.delete_and_settle(path)
+        return samples
+
+    def _steady_saves(self, state: StateDict, saves: int) -> list[SaveSample]:
+        """Save, each time after a look at what the machine can do."""
+        samples: list[SaveSample] = []
+        for number in range(saves):
+            if self._limits is None:
+                samples += self._saves(state, 1, f"save {number + 1} of {saves}:")
+                continue
+            write_s, memcpy_s = self._limits.write_s(), self._limits.memcpy_s()
+            [sample] = self._saves(state, 1, f"save {number + 1} of {saves}:")
+            self._pairs.stall.append(Pair(ours_s=sample.stall_s, limit_s=memcpy_s))
+            self._pairs.persist.append(Pair(ours_s=sample.persist_s, limit_s=write_s))
+            samples.append(sample)
         return samples
 
     def _background_saves(self, state: StateDict, saves: int) -> list[SaveSample]:
@@ -179,10 +199,13 @@ class Trial:
         """Load once into cleared tensors and hold the outcome against what was there."""
         wanted = digest_of(state)
         clear(state)
+        limit_s = self._limits.read_s(path) if cold and self._limits is not None else None
         (measure.drop_cache if cold else measure.warm_cache)(path)
         begun = time.perf_counter()
         self._system.load(state, path)
         seconds = time.perf_counter() - begun
+        if limit_s is not None:
+            self._pairs.cold_load.append(Pair(ours_s=seconds, limit_s=limit_s))
         if digest_of(state) != wanted:
             raise RuntimeError(f"{self._name} loaded other bytes than it saved")
         return seconds

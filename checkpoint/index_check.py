@@ -103,12 +103,17 @@ def _places(index: Index) -> Iterator[tuple[bool, str]]:
 def _payload_bytes(index: Index, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the bytes that tensor items need by their sizes; -1 where that is beyond the limit."""
     names = index.item_name[rows]
-    behind = np.arange(index.item_sizes.shape[1]) >= index.ndim[names][:, None]
-    sizes = np.where(behind, 1, index.item_sizes[rows])
-    itemsize = _ITEMSIZE_BYTES[index.dtype[names]]
+    exact = _ITEMSIZE_BYTES[index.dtype[names]]
     # The product of floats is inexact but does not wrap around, so it tells where the exact one would.
-    fits = np.prod(sizes, axis=1, dtype=np.float64) * itemsize < _LIMIT
-    return np.where(fits, np.prod(sizes, axis=1, dtype=np.int64) * itemsize, -1)
+    inexact = exact.astype(np.float64)
+    ndim = index.ndim[names]
+    for axis in range(index.item_sizes.shape[1]):
+        size = index.item_sizes[rows, axis]
+        if ndim.min(initial=axis + 1) <= axis:
+            size = np.where(ndim > axis, size, 1)
+        exact *= size
+        inexact *= size
+    return np.where(inexact < _LIMIT, exact, -1)
 
 
 def _all(flags: NDArray[np.bool_]) -> bool:
@@ -120,8 +125,8 @@ def _in_range(column: NDArray[Any], end: int) -> bool:
 
 
 def _zero_behind(boxes: NDArray[np.int64], ndim: NDArray[np.uint8]) -> bool:
-    behind = np.arange(boxes.shape[1]) >= ndim[:, None]
-    return not bool((boxes != 0)[behind].any())
+    fewest = int(ndim.min(initial=MAX_DIMENSIONS))
+    return not any(boxes[ndim <= axis, axis].any() for axis in range(fewest, boxes.shape[1]))
 
 
 def _is_plain(file: str) -> bool:

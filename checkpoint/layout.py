@@ -11,7 +11,8 @@ from typing import Final
 
 import numpy as np
 
-from ckptd.checkpoint.items import Int64, LocalPlan
+from ckptd.checkpoint.distinct import distinct
+from ckptd.checkpoint.items import MAX_DIMENSIONS, Int64, LocalPlan
 from ckptd.staging.arena import ALIGNMENT_BYTES
 from ckptd.staging.dtypes import OBJECT
 from ckptd.staging.image import Record, tensor_record
@@ -55,26 +56,38 @@ def make_layout(plan: LocalPlan, assigned: Int64) -> Layout:
         plan: What the rank holds.
         assigned: ``[K]`` positions of the items that it writes.
     """
-    columns = np.zeros((4, len(assigned)), dtype=np.int64)
     names = plan.item_name[assigned]
-    dtypes, ndims = plan.dtype[names].tolist(), plan.ndim[names].tolist()
-    sizes, capacities = plan.item_sizes[assigned].tolist(), plan.capacity[assigned].tolist()
-    rows: list[tuple[int, int, int, int]] = []
+    is_object = plan.dtype[names] == OBJECT
+    _, kind_of, records = item_records(plan, assigned)
+    columns = np.array([(len(r.prefix), r.nbytes, len(r.suffix)) for r in records], np.int64).reshape(-1, 3)[kind_of]
+    columns[is_object] = 0
+    columns[is_object, 1] = plan.capacity[assigned][is_object]
+    prefix, nbytes, suffix = columns.T
+    is_page = ~is_object & (nbytes >= ALIGNMENT_BYTES)
+    alignments = np.where(is_page, ALIGNMENT_BYTES, SMALL_ALIGNMENT_BYTES)
+    begins: list[int] = []
     end = 0
-    for dtype, ndim, size, capacity in zip(dtypes, ndims, sizes, capacities, strict=True):
-        if dtype == OBJECT:
-            begin = -(-end // SMALL_ALIGNMENT_BYTES) * SMALL_ALIGNMENT_BYTES
-            rows.append((begin, capacity, begin, capacity))
-            end = begin + capacity
-            continue
-        record = tensor_record(dtype, tuple(size[:ndim]))
-        alignment = ALIGNMENT_BYTES if record.nbytes >= ALIGNMENT_BYTES else SMALL_ALIGNMENT_BYTES
-        data = -(-(end + len(record.prefix)) // alignment) * alignment
-        begin = data - len(record.prefix)
-        length = len(record.prefix) + record.nbytes + len(record.suffix)
-        rows.append((begin, length, data, record.nbytes))
+    for before, length, alignment in zip(prefix.tolist(), (nbytes + suffix).tolist(), alignments.tolist(), strict=True):
+        begin = -(-(end + before) // alignment) * alignment
+        begins.append(begin)
         end = begin + length
-    if rows:
-        columns = np.array(rows, dtype=np.int64).T
+    data = np.array(begins, np.int64)
     image_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return Layout(assigned, columns[0], columns[1], columns[2], columns[3], image_bytes)
+    return Layout(assigned, data - prefix, prefix + nbytes + suffix, data, nbytes, image_bytes)
+
+
+def item_records(plan: LocalPlan, items: Int64) -> tuple[list[tuple[int, ...]], Int64, list[Record]]:
+    """Return the distinct records of some items with their shapes, and which of them each item has.
+
+    An object has none; its kind says nothing.
+    """
+    names = plan.item_name[items]
+    label = plan.dtype[names].astype(np.int64) * (MAX_DIMENSIONS + 1) + plan.ndim[names]
+    example, kind_of = distinct(label, plan.item_sizes[items])
+    shapes, records = [], []
+    for item in items[example].tolist():
+        name = int(plan.item_name[item])
+        shapes.append(tuple(plan.item_sizes[item, : plan.ndim[name]].tolist()))
+        dtype = int(plan.dtype[name])
+        records.append(Record(b"", 0, b"") if dtype == OBJECT else tensor_record(dtype, shapes[-1]))
+    return shapes, kind_of, records

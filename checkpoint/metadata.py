@@ -8,9 +8,9 @@ from typing import Final
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from ckptd.checkpoint.collector import collector_paused
 from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.metadata_pickle import encode_metadata
-from ckptd.checkpoint.metadata_unpickle import collector_paused
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, by_code, by_name
 

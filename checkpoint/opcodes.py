@@ -1,15 +1,18 @@
-"""Pickle opcodes in bulk: rows of equal length are matrices of bytes, filled column by column with numpy.
+"""Pickle opcodes in bulk: rows of opcodes are matrices of bytes, filled column by column with numpy.
 
 A million rows cost a few array operations instead of a million calls. Source: pickletools.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptd.checkpoint.columns import Int64, UInt8
+from ckptd.checkpoint.texts import pack_texts, with_room
 
 POP: Final = b"0"
 MEMOIZE: Final = b"\x94"
@@ -19,8 +22,11 @@ NEW: Final = b")\x81"
 NEW_WITH_STATE: Final = NEW + b"}("
 SET_STATE: Final = b"ub"
 
+Bool = NDArray[np.bool_]
 # Part of a row: the same opcodes in each (bytes), or one line of a matrix for each.
 Part = bytes | UInt8
+# Parts that a row has together, and which rows have them; None for all.
+Cell = tuple[list[Part], Bool | None]
 
 
 class Memo:
@@ -47,6 +53,27 @@ class Memo:
     def named(self, module: str, name: str) -> bytes:
         """Keep a class, a function or a constant of a module; return the opcode that fetches it."""
         return get(self.keep(push_text(module) + push_text(name) + STACK_GLOBAL))
+
+    def texts(self, texts: Sequence[str]) -> int:
+        """Keep strings in their order; return the first one's position."""
+        blob, ends = pack_texts(texts)
+        lengths = np.diff(ends, prepend=0)
+        if (lengths >= 1 << 8).any():
+            each: Iterable[bytes] = (push_text(text) + MEMOIZE for text in texts)
+        else:
+            opcodes, begins = with_room(blob, ends, before=2, behind=1)
+            opcodes[begins - 2] = 0x8C
+            opcodes[begins - 1] = lengths
+            opcodes[begins + lengths] = MEMOIZE[0]
+            each = (opcodes.tobytes(),)
+        # All of them onto the stack, and off it again as one tuple.
+        self.preamble += (b"(", *each, b"t" + POP)
+        return self.put(len(texts))
+
+    def values(self, parts: Sequence[Part], count: int) -> int:
+        """Keep ``count`` values, each made by a row of opcodes; return the first one's position."""
+        self.preamble.append(rows([*parts, MEMOIZE + POP], count).tobytes())
+        return self.put(count)
 
 
 def get(position: int) -> bytes:
@@ -95,18 +122,32 @@ def _beside(opcode: bytes, column: Int64, width: int) -> UInt8:
     return matrix
 
 
-def rows(parts: list[Part], count: int) -> UInt8:
+def rows(parts: Sequence[Part], count: int) -> UInt8:
     """Return ``count`` rows of opcodes as a matrix."""
-    cells = [np.frombuffer(part, np.uint8)[None, :] if isinstance(part, bytes) else part for part in parts]
-    matrix = np.empty((count, sum(cell.shape[1] for cell in cells)), np.uint8)
+    columns = [np.frombuffer(part, np.uint8)[None, :] if isinstance(part, bytes) else part for part in parts]
+    matrix = np.empty((count, sum(column.shape[1] for column in columns)), np.uint8)
     begin = 0
-    for cell in cells:
-        matrix[:, begin : begin + cell.shape[1]] = cell
-        begin += cell.shape[1]
+    for column in columns:
+        matrix[:, begin : begin + column.shape[1]] = column
+        begin += column.shape[1]
     return matrix
 
 
-def split(matrix: UInt8) -> list[bytes]:
-    """Return each row of a matrix as bytes."""
-    data, width = matrix.tobytes(), matrix.shape[1]
-    return [data[begin : begin + width] for begin in range(0, len(data), width)]
+def ragged_rows(cells: Sequence[Cell], count: int) -> bytes:
+    """Return ``count`` rows of opcodes one behind the other, each without the cells that it does not have.
+
+    Args:
+        cells: Parts, and a flag per row that says whether it has them.
+        count: Number of rows.
+    """
+    matrix = rows([part for parts, _ in cells for part in parts], count)
+    if all(has is None or has.all() for _, has in cells):
+        return matrix.tobytes()
+    kept = np.ones(matrix.shape, np.bool_)
+    begin = 0
+    for parts, has in cells:
+        end = begin + sum(len(part) if isinstance(part, bytes) else part.shape[1] for part in parts)
+        if has is not None:
+            kept[:, begin:end] = has[:, None]
+        begin = end
+    return matrix[kept].tobytes()

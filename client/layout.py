@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptd.checkpoint.collector import collector_paused
 from ckptd.checkpoint.items import LocalPlan
-from ckptd.checkpoint.layout import item_record, make_layout
+from ckptd.checkpoint.layout import Layout, item_records, make_layout
 from ckptd.checkpoint.metadata import torch_dtype
 from ckptd.client.snapshot import Structure
 from ckptd.staging.arena import ALIGNMENT_BYTES
@@ -60,33 +61,20 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
     """
     items = np.frombuffer(assigned, dtype="<i8")
     layout = make_layout(plan, items)
-    placed: list[Placed] = []
-    rows = zip(
-        items.tolist(),
-        layout.record_offset.tolist(),
-        layout.data_offset.tolist(),
-        layout.data_bytes.tolist(),
-        strict=True,
-    )
-    for item, record_offset, data_offset, data_bytes in rows:
-        name = int(plan.item_name[item])
-        dtype = int(plan.dtype[name])
-        if dtype == OBJECT:
-            placed.append(Placed(record_offset, data_offset, data_bytes, b"", b"", None, ()))
-            continue
-        record = item_record(plan, item)
-        shape = tuple(plan.item_sizes[item, : plan.ndim[name]].tolist())
-        placed.append(
-            Placed(
-                record_offset,
-                data_offset,
-                data_bytes,
-                record.prefix,
-                record.suffix,
-                torch_dtype(dtype),
-                shape,
-            )
-        )
+    with collector_paused():  # a trainer's heap is large
+        placed = _placed(plan, layout)
     objects = sum(item.dtype is None for item in placed)
     control_bytes = -(-(_SEAL_BYTES + 8 * objects) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return RankLayout(structure, digest, items.tolist(), placed, layout.image_bytes, control_bytes)
+
+
+def _placed(plan: LocalPlan, layout: Layout) -> list[Placed]:
+    shapes, kind_of, records = item_records(plan, layout.item)
+    dtypes = plan.dtype[plan.item_name[layout.item]].tolist()
+    known = {dtype: torch_dtype(dtype) for dtype in set(dtypes) - {OBJECT}}
+    places = zip(layout.record_offset.tolist(), layout.data_offset.tolist(), layout.data_bytes.tolist(), strict=True)
+    placed: list[Placed] = []
+    for place, dtype, kind in zip(places, dtypes, kind_of.tolist(), strict=True):
+        record = records[kind]
+        placed.append(Placed(*place, record.prefix, record.suffix, known.get(dtype), shapes[kind]))
+    return placed

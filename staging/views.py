@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """One item's place in an image. ``prefix`` and ``suffix`` are empty for objects; offsets in bytes."""
 
     record_offset: int

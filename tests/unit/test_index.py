@@ -56,6 +56,15 @@ def test_safetensors_reads_the_file(index):
     assert columns["names"].tobytes().decode() == "".join(index.names)
 
 
+def test_each_column_begins_at_a_multiple_of_its_width(index):
+    data = encode_index(index)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    assert begin % 8 == 0
+    for name, column in safetensors.numpy.load(data).items():
+        assert (begin + header[name]["data_offsets"][0]) % column.itemsize == 0
+
+
 def test_an_index_without_hashes_says_so(index):
     index = dataclasses.replace(index, item_hash=np.zeros(0, np.uint64))
     assert not decode_index(encode_index(index), "here").has_hashes
@@ -123,6 +132,19 @@ def test_a_contradiction_is_neither_written_nor_read(index, reason):
         encode_index(wrong)
     with pytest.raises(BadIndex, match=f"^here: .*{reason}"):
         decode_index(pack_index(wrong), "here")
+
+
+@pytest.mark.parametrize("column", ["shape", "item_offsets", "item_sizes"])
+@pytest.mark.parametrize("ndim", [0, 1])
+def test_a_number_behind_the_last_dimension_is_refused(ndim, column):
+    index, boxes = many_items(2), {name: np.array([[16, 8], [0, 0]]) for name in ("shape", "item_sizes")}
+    boxes["shape"][1, :ndim] = boxes["item_sizes"][1, :ndim] = 1
+    index = dataclasses.replace(index, ndim=np.array([2, ndim], np.uint8), data_bytes=np.array([512, 4]), **boxes)
+    check_index(index, "here")
+    behind = getattr(index, column).copy()
+    behind[1, ndim] = 1
+    with pytest.raises(BadIndex, match="on behind"):
+        check_index(dataclasses.replace(index, **{column: behind}), "here")
 
 
 def test_sizes_whose_product_overflows_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ckptd.checkpoint import metadata_pickle
 from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.metadata_pickle import DCP_VERSION, encode_metadata
 from ckptd.staging.dtypes import OBJECT, by_code
@@ -101,6 +103,41 @@ def test_more_than_256_files(index):
     files = [f"__{rank}_0.distcp" for rank in range(400)]
     many = dataclasses.replace(many_items(400), files=files, item_file=np.arange(400, dtype=np.int32))
     assert pickle.loads(encode_metadata(many, checkpoint_id="/a", save_id="c")) == by_hand(many, Path("/a"), "c")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_blocks_of_any_length_say_the_same(index, rows, monkeypatch):
+    monkeypatch.setattr(metadata_pickle, "_BLOCK_ROWS", rows)
+    ours = pickle.loads(encode_metadata(index, checkpoint_id="/a/b", save_id="c"))
+    assert ours == by_hand(index, Path("/a/b"), "c")
+
+
+def test_sizes_that_one_number_cannot_count():
+    boxes = np.array([(*box, 1, 1) for box in itertools.product((1, 1 << 60), repeat=3)])
+    huge = dataclasses.replace(many_items(8), ndim=np.full(8, 5, np.uint8), shape=boxes)
+    huge = dataclasses.replace(huge, item_sizes=boxes, item_offsets=boxes[::-1] - 1)
+    ours = pickle.loads(encode_metadata(huge, checkpoint_id="/a", save_id="c"))
+    assert ours == by_hand(huge, Path("/a"), "c")
+
+
+def test_a_tensor_without_a_chunk_has_an_empty_list(index):
+    held = index.item_name != 1
+    fields = [field.name for field in dataclasses.fields(Index) if field.name.startswith(("item", "record", "data"))]
+    without = dataclasses.replace(index, **{name: getattr(index, name)[held] for name in fields})
+    ours = pickle.loads(encode_metadata(without, checkpoint_id="/a", save_id="c"))
+    assert ours == by_hand(without, Path("/a"), "c")
+    assert ours.state_dict_metadata["model.b"].chunks == []
+
+
+def test_steps_of_paths_are_texts_and_numbers_of_any_kind():
+    names = ["top", "a", "b", "c"]
+    paths = [("top",), ("x", 0, -5, 1 << 40), ("0", 0, "top"), ("a.b", "x" * 300, 0)]
+    many = dataclasses.replace(many_items(4), names=names, paths=paths)
+    ours = pickle.loads(encode_metadata(many, checkpoint_id="/a", save_id="c"))
+    assert ours.planner_data == dict(zip(names, paths, strict=True))
+    assert [[type(step) for step in path] for path in ours.planner_data.values()] == [
+        [type(step) for step in path] for path in paths
+    ]
 
 
 def test_equal_properties_are_not_one_object():

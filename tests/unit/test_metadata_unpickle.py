@@ -116,6 +116,46 @@ def test_what_older_or_other_planners_leave_out_is_not_needed(saved):
     assert decode_metadata(pickle.dumps(metadata), "here").paths[0] == ("model", "w")
 
 
+def test_objects_that_occur_twice_are_read_twice(saved):
+    metadata = pickle.loads(saved[0])
+    w, grad = (metadata.state_dict_metadata[name] for name in ("model.w", "grad"))
+    grad.properties = w.properties
+    metadata.state_dict_metadata["again"], metadata.planner_data["again"] = w, ("again",)
+    key, offset = stock.MetadataIndex("again", w.chunks[0].offsets), w.chunks[0].offsets
+    metadata.storage_data[key] = metadata.storage_data[stock.MetadataIndex("model.w", offset)]
+    assert_same(decode_metadata(pickle.dumps(metadata), "here"), metadata)
+
+
+def test_what_planners_keep_beside_the_paths_is_not_mistaken(saved):
+    metadata = pickle.loads(saved[0])
+    key, place = next(iter(metadata.storage_data.items()))
+    chunk = metadata.state_dict_metadata["model.w"].chunks[0]
+    expected = dict(metadata.planner_data)
+    metadata.planner_data["mine"] = [stock.MetadataIndex("x", torch.Size((9,))), key, place, chunk]
+    metadata.storage_data[stock.MetadataIndex("gone", torch.Size((5, 5, 5)))] = filesystem._StorageInfo("other", 1, 2)
+    index = decode_metadata(pickle.dumps(metadata), "here")
+    metadata.planner_data = expected
+    assert_same(index, metadata)
+    assert "other" not in index.files
+
+
+@pytest.mark.parametrize(
+    "argument", [b"](K\x01K\x02e", b"}", b"N", b"K\x02", b"\x8c\x02ab"], ids=lambda opcodes: opcodes[:1]
+)
+def test_a_size_is_made_of_a_tuple_only(argument):
+    # A list that is copied again and again would let a small file fill the memory.
+    data = b"\x80\x04\x8c\x05torch\x8c\x04Size\x93" + argument + b"\x85R."
+    with pytest.raises(BadIndex, match="can only concatenate tuple"):
+        decode_metadata(data, "here")
+
+
+def test_a_stand_in_is_not_called_with_arguments():
+    module = stock.__name__.encode()
+    data = b"\x80\x02c" + module + b"\nChunkStorageMetadata\n](K\x01e\x85R."
+    with pytest.raises(BadIndex, match="takes no arguments"):
+        decode_metadata(data, "here")
+
+
 def test_transformed_files_are_unsupported(saved):
     metadata = pickle.loads(saved[0])
     next(iter(metadata.storage_data.values())).transform_descriptors = ["zstd"]
@@ -211,7 +251,7 @@ def _set(path, value):
         *steps, last = path
         for step in steps:
             metadata = metadata[step] if isinstance(metadata, dict | list) else getattr(metadata, step)
-        if isinstance(metadata, dict):
+        if isinstance(metadata, dict | list):
             metadata[last] = value
         else:
             setattr(metadata, last, value)
@@ -242,6 +282,10 @@ W = ("state_dict_metadata", "model.w")
         _set((*W, "chunks", 0, "offsets"), torch.Size((1, 0))),
         _set((*W, "chunks", 0, "offsets"), None),
         _set((*W, "properties"), 3),
+        _set((*W, "properties"), stock.BytesStorageMetadata()),
+        _set((*W, "chunks", 0), filesystem._StorageInfo("a", 0, 1)),
+        _set((*W, "properties", "dtype"), 255),
+        _set((*W, "properties", "dtype"), 1 << 40),
         _set((*W, "properties", "dtype"), "float32"),
         _set((*W, "properties", "dtype"), torch.qint8),
         _set((*W, "properties", "requires_grad"), 1),
@@ -254,6 +298,9 @@ W = ("state_dict_metadata", "model.w")
         _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo(7, 0, 1)),
         _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo("a", -1, 1)),
         _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo("a", 0, "1")),
+        _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo("a", 0, 1 << 62)),
+        _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo("a", 0, 1 << 70)),
+        _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), stock.MetadataIndex("a")),
         _set(("storage_data", stock.MetadataIndex("model.w", (0, 0))), filesystem._StorageInfo("a", True, 1)),
     ],
 )
