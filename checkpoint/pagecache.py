@@ -53,8 +53,7 @@ class PageCacheProbe:
         """Return whether a whole range is in the page cache; False where nobody can tell."""
         if not self._can_tell:
             return False
-        first = offset // _PAGE_BYTES
-        pages = -(-(offset + nbytes) // _PAGE_BYTES) - first
+        first, pages = offset // _PAGE_BYTES, _pages(offset, nbytes)
         if self._mapping is None:
             return _cached_pages(self._descriptor, offset, nbytes) == pages
         resident = (ctypes.c_ubyte * pages)()
@@ -63,11 +62,29 @@ class PageCacheProbe:
             return False
         return all(page & 1 for page in resident)
 
+    def is_all_or_nothing(self, offset: int, nbytes: int) -> bool | None:
+        """Return True if a whole range is cached, False if nothing of it is, None if a part is or nobody can tell.
+
+        One look at a file, where that settles it, saves a look at each part of it: a warm page costs some 10 ns.
+        """
+        if not self._can_tell:
+            return False
+        if self._mapping is not None:
+            return None
+        found = _cached_pages(self._descriptor, offset, nbytes)
+        if not found:
+            return False
+        return True if found == _pages(offset, nbytes) else None
+
     def close(self) -> None:
         """Unmap the file."""
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None
+
+
+def _pages(offset: int, nbytes: int) -> int:
+    return -(-(offset + nbytes) // _PAGE_BYTES) - offset // _PAGE_BYTES
 
 
 def _cached_pages(descriptor: int, offset: int, nbytes: int) -> int | None:

@@ -1,99 +1,60 @@
-"""Reads byte ranges of a checkpoint's files into memory: merged, in parallel, past the page cache where that is faster.
+"""Reads byte ranges of a checkpoint's files into memory: merged, in parallel, each byte verified before it counts.
 
-A range that is in the page cache is copied from there; the others are read with O_DIRECT. Ranges of whole items are
-verified against their hash as soon as their last byte has landed. Knows no torch.
+Items that one request brings whole are verified before they are copied to where they belong; longer ones are hashed
+behind the pieces as they land, while these are still in the processor's caches. Knows no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import mmap
-import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-from xxhash import xxh3_64_intdigest
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_intdigest
 
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
+from ckptd.checkpoint import read_requests
+from ckptd.checkpoint.collector import collector_paused
+from ckptd.checkpoint.read_files import BLOCK_BYTES, Disk, Source, SourceFile, memory_at
+from ckptd.checkpoint.read_requests import Piece, Read, Request, Rows, requests_of
+from ckptd.protocol.errors import WrongBits
 
-# One read call: large enough for an NVMe queue, small enough that four threads keep a node's memory.
-_CHUNK_BYTES: Final = 8 << 20
-_BLOCK_BYTES: Final = 4096
+__all__ = ["READERS", "Read", "ReadCount", "Rows", "read_all"]
+
+# A reader that copies and hashes has nothing in the disk's queue, so there are more of them than the disk needs.
+# Measured beside the raw read with 4 in flight: 4 readers 0.86, 8 0.90, 12 0.98 of its rate.
+READERS: Final = 12
 _HUGE_PAGE_BYTES: Final = 2 << 20
-# Reading a gap of 64 KiB costs less than a second request of its own.
-_MERGE_GAP_BYTES: Final = 64 * 1024
 
 
-@dataclass(eq=False)
-class Read:
-    """One range of a file that is wanted.
+@dataclass(frozen=True)
+class ReadCount:
+    """What a load asked for and what was brought for it, in bytes.
 
     Attributes:
-        file: Path of the file.
-        offset: First byte.
-        nbytes: Length in bytes.
-        address: Where the bytes go, a writable buffer of ``nbytes`` that the caller keeps; 0 if ``make`` is given.
-        item: Name of the item, for errors.
-        expected_hash: xxh3-64 of the range; None if it cannot be verified.
-        then: Called in a reader's thread when all bytes are there and verified.
-        make: Makes the buffer when its first bytes are about to be read, and returns its address: what is only passed
-            on need not be held for all of a load.
-        missing_bytes: How many have not landed yet.
+        wanted_bytes: Sum of all reads.
+        read_bytes: What came from files: gaps between merged ranges and rounding to blocks included.
     """
 
-    file: str
-    offset: int
-    nbytes: int
-    address: int
-    item: str
-    expected_hash: int | None = None
-    then: Callable[[], None] | None = None
-    make: Callable[[], int] | None = None
-    missing_bytes: int = field(default=0, repr=False)
-
-    def __post_init__(self) -> None:
-        """Nothing has landed yet."""
-        self.missing_bytes = self.nbytes
+    wanted_bytes: int
+    read_bytes: int
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a read that one request brings."""
-
-    read: Read
-    begin: int  # offset in the file
-    nbytes: int
-
-    @property
-    def address(self) -> int:
-        return self.read.address + (self.begin - self.read.offset)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One range of one file, and the pieces in it, by offset."""
-
-    file: str
-    begin: int
-    end: int
-    pieces: list[_Piece]
-
-
-def read_all(reads: Iterable[Read], *, threads: int = 4) -> int:
+def read_all(reads: Iterable[Read], *, threads: int = READERS, source: Source | None = None) -> ReadCount:
     """Perform all reads.
 
     Args:
         reads: The wanted ranges, in any order.
-        threads: Number of readers.
+        threads: Number of readers; each holds a buffer of one chunk.
+        source: Where the bytes come from; the files themselves if left out.
 
     Returns:
-        Bytes that were read from files, gaps between merged ranges included.
+        How many bytes were wanted and read.
 
     Raises:
         MissingFile: A file is not there.
@@ -102,95 +63,37 @@ def read_all(reads: Iterable[Read], *, threads: int = 4) -> int:
         SystemCallFailed: A read failed.
     """
     wanted = list(reads)
-    for read in wanted:
-        if read.nbytes == 0:
-            _finish(read)
-    requests = _merge([read for read in wanted if read.nbytes])
-    with _Files(requests) as files:
-        reading = _Reading(files, requests)
-        with ThreadPoolExecutor(max(1, min(threads, len(requests))), thread_name_prefix="ckptd-read") as pool:
-            for done in [pool.submit(reading.run) for _ in range(threads)]:
-                done.result()
-    return sum(request.end - request.begin for request in requests)
-
-
-def _merge(reads: list[Read]) -> list[_Request]:
-    """Cut reads into pieces of at most a chunk, and put near neighbours into one request."""
-    requests: list[_Request] = []
-    begin = end = 0
-    pieces: list[_Piece] = []
-    file = ""
-
-    def flush() -> None:
-        if pieces:
-            requests.append(_Request(file, begin, end, list(pieces)))
-            pieces.clear()
-
-    for read in sorted(reads, key=lambda read: (read.file, read.offset)):
-        at, last = read.offset, read.offset + read.nbytes
-        while at < last:
-            # A read may begin before the request that the end of the one before it came into.
-            near = begin <= at <= end + _MERGE_GAP_BYTES and at - begin < _CHUNK_BYTES
-            joins = pieces and read.file == file and near
-            if not joins:
-                flush()
-                file, begin, end = read.file, at, at
-            # Requests end on multiples of the chunk, so that all but the first begin on a block.
-            limit = (begin // _CHUNK_BYTES + 1) * _CHUNK_BYTES
-            if at >= limit:
-                flush()
-                begin = end = at
-                continue
-            stop = min(last, limit)
-            pieces.append(_Piece(read, at, stop - at))
-            end = max(end, stop)
-            at = stop
-    flush()
-    return requests
-
-
-@dataclass(frozen=True)
-class _File:
-    """One open file: through the page cache, and past it where that is possible."""
-
-    buffered: int
-    direct: int | None
-    probe: PageCacheProbe
+    with collector_paused():
+        requests = requests_of(wanted)
+    with _Files(source or Disk(), requests) as files:
+        reading = _Reading(files, requests, wanted)
+        for number, read in enumerate(wanted):
+            if read.nbytes == 0:
+                reading.finish(number, xxh3_64_intdigest(b""))
+        if requests:
+            readers = max(1, min(threads, len(requests)))
+            with ThreadPoolExecutor(readers, thread_name_prefix="ckptd-read") as pool:
+                for done in [pool.submit(reading.run) for _ in range(readers)]:
+                    done.result()
+        return ReadCount(sum(read.nbytes for read in wanted), files.read_bytes())
 
 
 class _Files:
-    """The files of a load."""
+    """The open files of a load."""
 
-    def __init__(self, requests: list[_Request]) -> None:
-        self._files: dict[str, _File] = {}
-        needed: dict[str, int] = {}
+    def __init__(self, source: Source, requests: Sequence[Request]) -> None:
+        self._files: dict[str, SourceFile] = {}
+        ranges: dict[str, list[tuple[int, int]]] = {}
         for request in requests:
-            needed[request.file] = max(needed.get(request.file, 0), request.end)
+            ranges.setdefault(request.file, []).append((request.begin, request.end))
         try:
-            for path, nbytes in needed.items():
-                self._files[path] = self._open(path, nbytes)
+            for path, needed in ranges.items():
+                self._files[path] = source.open(path, needed)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: str, needed_bytes: int) -> _File:
-        try:
-            buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise MissingFile(path) from None
-        except OSError as error:
-            raise SystemCallFailed("open", path, error.errno or errno.EIO) from None
-        size = os.fstat(buffered).st_size
-        if size < needed_bytes:
-            os.close(buffered)
-            raise TruncatedFile(path, needed_bytes, size)
-        probe = PageCacheProbe(buffered, size)
-        try:
-            return _File(buffered, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), probe)
-        except OSError:
-            return _File(buffered, None, probe)  # tmpfs, some overlays and network file systems have no O_DIRECT
-
-    def __getitem__(self, path: str) -> _File:
+    def __getitem__(self, path: str) -> SourceFile:
         return self._files[path]
 
     def __enter__(self) -> _Files:
@@ -199,28 +102,60 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def read_bytes(self) -> int:
+        """Return what all files have brought."""
+        return sum(file.read_bytes for file in self._files.values())
+
     def close(self) -> None:
-        """Close all descriptors."""
-        for file in self._files.values():
-            file.probe.close()
-            os.close(file.buffered)
-            if file.direct is not None:
-                os.close(file.direct)
-        self._files.clear()
+        """Close all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+class _Hash:
+    """The hash of a read that comes in several pieces: follows them in order, whatever the order they land in."""
+
+    def __init__(self, read: Read) -> None:
+        self._read, self._at = read, read.offset
+        self._hasher = xxh3_64()
+        self._landed: dict[int, int] = {}
+        self._busy = False
+        self._lock = threading.Lock()
+
+    def follow(self, piece: Piece) -> int | None:
+        """Hash what has landed without a gap; return the hash if that was the rest."""
+        read = self._read
+        with self._lock:
+            self._landed[piece.begin] = piece.end
+            if self._busy:
+                return None
+            self._busy = True
+        while True:
+            with self._lock:
+                end = self._landed.pop(self._at, None)
+                if end is None:
+                    self._busy = False
+                    return None
+            self._hasher.update(memory_at(read.address + self._at - read.offset, end - self._at))
+            self._at = end
+            if end == read.offset + read.nbytes:
+                return self._hasher.intdigest()
 
 
 class _Reading:
-    """One load on its way, shared by its threads."""
+    """One load on its way, shared by its readers."""
 
-    def __init__(self, files: _Files, requests: list[_Request]) -> None:
-        self._files = files
+    def __init__(self, files: _Files, requests: Sequence[Request], wanted: Sequence[Read]) -> None:
+        self._files, self._wanted = files, wanted
         self._requests = iter(requests)
+        self._missing_bytes = [read.nbytes for read in wanted]
+        self._hashes: dict[int, _Hash] = {}
         self._lock = threading.Lock()
         self._failed = False
 
     def run(self) -> None:
-        """Perform requests until there are no more, or another thread has failed."""
-        bounce = _huge_buffer(_CHUNK_BYTES + 2 * _BLOCK_BYTES)
+        """Perform requests until there are no more, or another reader has failed."""
+        bounce = _huge_buffer(read_requests.CHUNK_BYTES + 2 * BLOCK_BYTES)
         while True:
             with self._lock:
                 request = None if self._failed else next(self._requests, None)
@@ -232,28 +167,109 @@ class _Reading:
                 self._failed = True
                 raise
 
-    def _perform(self, request: _Request, bounce: memoryview) -> None:
+    def _perform(self, request: Request, bounce: memoryview) -> None:
+        if request.rows is not None:
+            self._perform_rows(request, *request.rows)
+            return
+        pieces = request.pieces(self._wanted)
+        if not pieces:
+            return
+        for piece in pieces:
+            self._make_buffer(self._wanted[piece.number])
+        begin, end = pieces[0].begin, max(piece.end for piece in pieces)
         file = self._files[request.file]
-        self._make_buffers(request)
-        cached = file.direct is None or file.probe.is_cached(request.begin, request.end - request.begin)
-        if not _straight(request, file, cached=cached):
-            skip = _into(bounce, request, file, cached=cached)
-            source = ctypes.addressof(ctypes.c_char.from_buffer(bounce)) + skip
-            for piece in request.pieces:
-                ctypes.memmove(piece.address, source + piece.begin - request.begin, piece.nbytes)
-        for piece in request.pieces:
-            with self._lock:
-                piece.read.missing_bytes -= piece.nbytes
-                complete = piece.read.missing_bytes == 0
-            if complete:
-                _finish(piece.read)
+        targets = self._targets(pieces, bounce)
+        if targets is not None and file.fill(begin, targets):
+            for piece in pieces:
+                self._landed(piece, verified=False)
+            return
+        self._scatter(pieces, begin, file.view(begin, end, bounce))
 
-    def _make_buffers(self, request: _Request) -> None:
-        for piece in request.pieces:
-            read = piece.read
-            if read.make is not None and not read.address:
-                with self._lock:
-                    read.address = read.address or read.make()
+    def _scatter(self, pieces: Sequence[Piece], begin: int, data: memoryview) -> None:
+        """Verify what came whole, then copy everything to where it belongs."""
+        address = address_of(data)
+        for piece in pieces:
+            read = self._wanted[piece.number]
+            nbytes = piece.end - piece.begin
+            whole = nbytes == read.nbytes and read.expected_hash is not None
+            if whole:
+                self._check(read, xxh3_64_intdigest(data[piece.begin - begin : piece.end - begin]))
+            ctypes.memmove(read.address + piece.begin - read.offset, address + piece.begin - begin, nbytes)
+            self._landed(piece, verified=whole)
+
+    def _perform_rows(self, request: Request, first: int, last: int) -> None:
+        [number] = request.reads
+        read = self._wanted[number]
+        rows = read.rows
+        assert rows is not None
+        self._make_buffer(read)
+        nbytes = (last - first) * rows.row_bytes
+        target = memory_at(read.address + first * rows.row_bytes, nbytes)
+        self._files[request.file].fill_rows(rows.starts[first:last] + read.offset, rows.row_bytes, target)
+        if self._is_complete(number, nbytes):
+            self.finish(number, None)
+
+    def _targets(self, pieces: Sequence[Piece], bounce: memoryview) -> list[memoryview] | None:
+        """Return where the bytes of a request go, gaps included; None if two reads want the same bytes."""
+        targets = []
+        at = pieces[0].begin
+        for piece in pieces:
+            if piece.begin < at:
+                return None
+            if piece.begin > at:
+                targets.append(bounce[: piece.begin - at])
+            read = self._wanted[piece.number]
+            targets.append(memory_at(read.address + piece.begin - read.offset, piece.end - piece.begin))
+            at = piece.end
+        return targets
+
+    def _make_buffer(self, read: Read) -> None:
+        if read.make is not None and not read.address:
+            with self._lock:
+                read.address = read.address or read.make()
+
+    def _landed(self, piece: Piece, *, verified: bool) -> None:
+        read = self._wanted[piece.number]
+        nbytes = piece.end - piece.begin
+        if read.expected_hash is None or verified:
+            if self._is_complete(piece.number, nbytes):
+                self.finish(piece.number, None)
+        elif nbytes == read.nbytes:
+            self.finish(piece.number, xxh3_64_intdigest(memory_at(read.address, nbytes)))
+        else:
+            with self._lock:
+                following = self._hashes.setdefault(piece.number, _Hash(read))
+            found = following.follow(piece)
+            if found is not None:
+                self.finish(piece.number, found)
+
+    def _is_complete(self, number: int, nbytes: int) -> bool:
+        with self._lock:
+            self._missing_bytes[number] -= nbytes
+            return self._missing_bytes[number] == 0
+
+    def finish(self, number: int, found_hash: int | None) -> None:
+        """Hand a read on whose bytes are all there.
+
+        Args:
+            number: Its position.
+            found_hash: Of its bytes; None if that has been looked at, or need not be.
+        """
+        read = self._wanted[number]
+        if found_hash is not None:
+            self._check(read, found_hash)
+        if read.then is not None:
+            read.then()
+
+    def _check(self, read: Read, found_hash: int) -> None:
+        if read.expected_hash is not None and found_hash != read.expected_hash:
+            raise WrongBits(read.file, read.item, read.offset)
+
+
+def address_of(view: memoryview) -> int:
+    """Return where the bytes of a view lie."""
+    # numpy takes the address of a read-only buffer, which ctypes refuses to.
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
 def _huge_buffer(nbytes: int) -> memoryview:
@@ -268,63 +284,3 @@ def _huge_buffer(nbytes: int) -> memoryview:
         memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE_BYTES
     return memoryview(memory)[begin : begin + nbytes]
-
-
-def _straight(request: _Request, file: _File, *, cached: bool) -> bool:
-    """Copy from the page cache into the one target of a request; return whether that was done."""
-    if len(request.pieces) != 1:
-        return False
-    address, nbytes = request.pieces[0].address, request.pieces[0].nbytes
-    if cached:
-        _read_buffered(file.buffered, _memory(address, nbytes), request)
-    return cached
-
-
-def _into(bounce: memoryview, request: _Request, file: _File, *, cached: bool) -> int:
-    """Read a request into the bounce buffer; return where in it the request begins."""
-    if file.direct is not None and not cached:
-        begin = request.begin // _BLOCK_BYTES * _BLOCK_BYTES
-        end = -(-request.end // _BLOCK_BYTES) * _BLOCK_BYTES
-        if _read_direct(file.direct, bounce[: end - begin], begin, request.end - begin):
-            return request.begin - begin
-    _read_buffered(file.buffered, bounce[: request.end - request.begin], request)
-    return 0
-
-
-def _read_direct(descriptor: int, target: memoryview, offset: int, needed_bytes: int | None = None) -> bool:
-    """Read past the page cache; return False if the file system will not, or stops short."""
-    try:
-        return os.preadv(descriptor, [target], offset) >= (target.nbytes if needed_bytes is None else needed_bytes)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise SystemCallFailed("pread", _path(descriptor), error.errno or errno.EIO) from None
-
-
-def _read_buffered(descriptor: int, target: memoryview, request: _Request) -> None:
-    done = 0
-    while done < target.nbytes:
-        try:
-            count = os.preadv(descriptor, [target[done:]], request.begin + done)
-        except OSError as error:
-            raise SystemCallFailed("pread", request.file, error.errno or errno.EIO) from None
-        if count == 0:
-            raise TruncatedFile(request.file, request.end, request.begin + done)
-        done += count
-
-
-def _path(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
-
-
-def _memory(address: int, nbytes: int) -> memoryview:
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
-
-
-def _finish(read: Read) -> None:
-    if read.expected_hash is not None:
-        found = xxh3_64_intdigest(_memory(read.address, read.nbytes) if read.nbytes else b"")
-        if found != read.expected_hash:
-            raise WrongBits(read.file, read.item, read.offset)
-    if read.then is not None:
-        read.then()

@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Final
+import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
+from ckptd.checkpoint.chunks import is_meta
+from ckptd.checkpoint.collector import collector_paused
+from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.read import read_all
-from ckptd.client.flatten import flatten, set_leaf, top_level
+from ckptd.checkpoint.read_files import Disk, Source
+from ckptd.client.flatten import Path, flatten, set_leaf, top_level
+from ckptd.client.load_match import LoadRules, match
 from ckptd.client.load_plan import LoadPlanner
+from ckptd.client.load_records import with_places
+from ckptd.client.load_report import LoadReport
+from ckptd.client.logging_handlers import Phases
 from ckptd.client.snapshot import state_of
 from ckptd.staging.image import scalar_value
 
-# Four readers fill the queue of one NVMe device; more gain nothing. Measured: 4 and 8 threads within noise.
-READ_THREADS: Final = 4
 
-
-def load_into(state_dict: dict[str, Any], path: str, *, partial: bool, flat: bool, verify: bool = True) -> None:
+def load_into(
+    state_dict: dict[str, Any],
+    path: str,
+    *,
+    rules: LoadRules,
+    flat: bool = False,
+    verify: bool = True,
+    source: Source | None = None,
+) -> LoadReport:
     """Load the checkpoint at ``path`` into ``state_dict``.
 
     Args:
         state_dict: Tensors are filled in place, objects replaced, `Stateful` values given their state.
         path: Directory of the checkpoint.
-        partial: Leave names alone that the checkpoint lacks.
+        rules: What is let pass.
         flat: Take the top level as it is, as it was saved with `flatten_state_dict=False`.
         verify: Hold items against their hashes.
+        source: Where the bytes come from; the disk if left out.
+
+    Returns:
+        What was loaded and what was not.
 
     Raises:
         UnknownCheckpoint: There is no checkpoint.
         MissingKeys, Mismatch: The state dict does not fit; nothing was changed.
         StorageError: Bytes are missing or wrong; what the state dict's tensors hold now is undefined.
     """
-    index = read_index(path)
+    begun, phases = time.perf_counter(), Phases("load", path)
+    source = source or Disk()
     state = state_of(state_dict)
-    leaves = top_level(state) if flat else flatten(state)
-    for name, (where, value) in leaves.items():
-        if isinstance(value, torch.Tensor) and type(value) is torch.Tensor and value.is_meta:
-            fresh = torch.empty_like(value, device="cpu")
-            leaves[name] = (where, fresh)
-            set_leaf(state, where, fresh)
-    plan = LoadPlanner(path, index, verify=verify).plan(leaves, partial=partial)
-    read_all(plan.reads, threads=READ_THREADS)
+    with collector_paused():  # it would look at every tensor again and again: 100,000 took three times as long
+        index = read_index(path)
+        leaves = top_level(state) if flat else _leaves_of(state, index)
+        found = match(path, index, leaves, rules=rules)
+        _materialise(state, leaves, found.names)
+        index = with_places(path, index, found.rows)
+        plan = LoadPlanner(path, index, verify=verify).plan(leaves, found)
+    phases.end("plan")
+    count = read_all(plan.reads, source=source)
+    phases.end("read", nbytes=count.read_bytes)
     for name, data in plan.objects.items():
         set_leaf(state, leaves[name][0], object_from(data))
     for key, value in state_dict.items():
@@ -51,6 +75,58 @@ def load_into(state_dict: dict[str, Any], path: str, *, partial: bool, flat: boo
             value.load_state_dict(state[key])
         else:
             state_dict[key] = state[key]
+    phases.end("finish", nbytes=count.read_bytes)
+    return LoadReport(
+        path=path,
+        loaded=len(found.names),
+        missing=tuple(found.missing),
+        unexpected=tuple(found.unexpected),
+        mismatched=tuple(found.mismatched),
+        converted=tuple(found.converted),
+        absent_optimizer_state=tuple(found.absent_optimizer_state),
+        source=source.name,
+        needed_bytes=count.wanted_bytes,
+        read_bytes=count.read_bytes,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _leaves_of(state: dict[str, Any], index: Index) -> dict[str, tuple[Path, Any]]:
+    """Return the leaves of a state dict under the names that the checkpoint uses.
+
+    Before 2.4, torch saved a list that holds no tensor as one object; what it holds has names of its own since.
+    """
+    leaves = flatten(state)
+    known = set(index.names)
+    if leaves.keys() <= known:
+        return leaves
+    old: dict[str, tuple[Path, Any]] = {}
+
+    def note(path: Path, value: Any) -> None:
+        steps = tuple(step if isinstance(step, int) else str(step) for step in path)
+        old[".".join(map(str, steps))] = (steps, value)
+
+    traverse_state_dict_v_2_3(state, note)
+    return old if (old.keys() - leaves.keys()) & known else leaves
+
+
+def _materialise(state: dict[str, Any], leaves: dict[str, tuple[Path, Any]], names: Iterable[str]) -> None:
+    """Put real tensors in the place of meta tensors."""
+    for name in names:
+        where, value = leaves[name]
+        if isinstance(value, torch.Tensor) and is_meta(value):
+            fresh = _materialised(value)
+            leaves[name] = (where, fresh)
+            set_leaf(state, where, fresh)
+
+
+def _materialised(value: torch.Tensor) -> torch.Tensor:
+    """Return memory for a meta tensor, as stock does: on the mesh's device, or else the CPU."""
+    if not isinstance(value, DTensor):
+        return torch.empty_like(value, device="cpu")
+    local = torch.empty_like(value.to_local(), device=value.device_mesh.device_type)
+    shape, stride = value.size(), value.stride()
+    return DTensor.from_local(local, value.device_mesh, value.placements, run_check=False, shape=shape, stride=stride)
 
 
 def object_from(data: bytes | bytearray) -> Any:

@@ -1,35 +1,27 @@
-"""What has to be read for a state dict: wanted chunks against stored ones, as reads and what is done after them."""
+"""What has to be read for a state dict: wanted chunks against stored ones, as reads and what is done after them.
+
+Most tensors are wanted as they are stored: those are planned from columns, one short loop for all of them.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ckptd.checkpoint.chunks import Chunk, Extent, chunks_of
-from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.chunks import Chunk, Extent, chunks_of, is_plain
+from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.metadata import torch_dtype
 from ckptd.checkpoint.read import Read
-from ckptd.client.flatten import Path
-from ckptd.protocol.errors import BadIndex, Mismatch, MissingKeys
+from ckptd.client.load_boxes import Overlap, Part, overlap_of, part_of
+from ckptd.client.load_match import Leaves, Match
+from ckptd.protocol.errors import BadIndex
 from ckptd.staging.dtypes import OBJECT
-
-Leaves = Mapping[str, tuple[Path, Any]]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """A box that two chunks share: its corner in each of them, and its extent, in elements."""
-
-    in_stored: Extent
-    in_wanted: Extent
-    sizes: Extent
 
 
 @dataclass
@@ -39,12 +31,10 @@ class LoadPlan:
     Attributes:
         reads: All ranges.
         objects: Bytes of each object by name, complete once the reads are done.
-        keep: Views of them that must live until then.
     """
 
-    reads: list[Read]
-    objects: dict[str, bytearray]
-    keep: list[torch.Tensor]
+    reads: list[Read] = field(default_factory=list)
+    objects: dict[str, bytearray] = field(default_factory=dict)
 
 
 class _Scratch:
@@ -71,44 +61,6 @@ class _Scratch:
         return copy
 
 
-def overlap_of(stored: tuple[Extent, Extent], wanted: tuple[Extent, Extent]) -> Overlap | None:
-    """Return the box that two chunks, each given by offsets and sizes, share; None if they share nothing."""
-    in_stored, in_wanted, sizes = [], [], []
-    for at, extent, want, length in zip(*stored, *wanted, strict=True):
-        begin, end = max(at, want), min(at + extent, want + length)
-        if begin >= end:
-            return None
-        in_stored.append(begin - at)
-        in_wanted.append(begin - want)
-        sizes.append(end - begin)
-    return Overlap(tuple(in_stored), tuple(in_wanted), tuple(sizes))
-
-
-def byte_span(sizes: Extent, overlap: Overlap, itemsize: int) -> tuple[int, int, bool]:
-    """Return first byte and length of the range that holds a box of a row-major chunk, and whether it is the box alone.
-
-    Args:
-        sizes: Extent of the stored chunk in elements.
-        overlap: The box.
-        itemsize: Bytes of an element.
-    """
-    strides = row_major(sizes)
-    first = sum(at * stride for at, stride in zip(overlap.in_stored, strides, strict=True))
-    last = first + sum((size - 1) * stride for size, stride in zip(overlap.sizes, strides, strict=True))
-    exact = last - first + 1 == math.prod(overlap.sizes)
-    return first * itemsize, (last - first + 1) * itemsize, exact
-
-
-def row_major(sizes: Extent) -> Extent:
-    """Return the strides of a contiguous tensor, in elements."""
-    strides: list[int] = []
-    stride = 1
-    for size in reversed(sizes):
-        strides.append(stride)
-        stride *= size
-    return tuple(reversed(strides))
-
-
 class LoadPlanner:
     """Makes the reads for one state dict.
 
@@ -121,138 +73,142 @@ class LoadPlanner:
     def __init__(self, path: str, index: Index, *, verify: bool) -> None:
         self._path, self._index = path, index
         self._verify = verify and index.has_hashes
-        self._name_at = {name: position for position, name in enumerate(index.names)}
-        order = np.argsort(index.item_name, kind="stable")
-        bounds = np.searchsorted(index.item_name[order], np.arange(len(index.names) + 1))
-        self._order, self._bounds = order.tolist(), bounds.tolist()
-        self._plan = LoadPlan([], {}, [])
+        self._files = [os.path.join(path, file) for file in index.files]
+        self._order = np.argsort(index.item_name, kind="stable")
+        self._bounds = np.searchsorted(index.item_name[self._order], np.arange(len(index.names) + 1))
+        self._plan = LoadPlan()
 
-    def plan(self, leaves: Leaves, *, partial: bool) -> LoadPlan:
+    def plan(self, leaves: Leaves, match: Match) -> LoadPlan:
         """Return the reads for the leaves of a state dict.
 
         Args:
             leaves: Path and value by name; tensors are the targets.
-            partial: Whether names that the checkpoint lacks are left alone.
+            match: Which of them are to be loaded.
 
         Raises:
-            MissingKeys: Names are lacking and ``partial`` is false; nothing has been read.
-            Mismatch: A tensor has another shape, or is no tensor on one side.
+            BadIndex: The checkpoint does not hold all of a tensor.
         """
-        missing = [name for name in leaves if name not in self._name_at]
-        if missing and not partial:
-            raise MissingKeys(self._path, len(missing), missing[0])
-        for name, (_, value) in leaves.items():
-            position = self._name_at.get(name)
-            if position is not None:
-                self._add(name, position, value)
+        index, reads = self._index, self._plan.reads
+        rows = np.array(match.rows, np.int64)
+        if match.names and not len(index.item_name):
+            raise BadIndex(self._path, f"{match.names[0]}: it holds nothing of it")
+        items, whole = self._first_items(rows)
+        codes = index.dtype[rows].tolist()
+        dtypes = {code: torch_dtype(code) for code in set(codes) - {OBJECT}}
+        hashes = index.item_hash[items].tolist() if self._verify else [None] * len(rows)
+        places = [column[items].tolist() for column in (index.item_file, index.data_offset, index.data_bytes)]
+        columns = zip(match.names, match.rows, codes, whole, *places, hashes, strict=True)
+        for name, row, code, is_whole, file, offset, nbytes, expected in columns:
+            value = leaves[name][1]
+            if code == OBJECT:
+                self._add_object(name, row)
+            elif is_whole and is_plain(value) and value.dtype is dtypes[code] and _is_plain_memory(value):
+                if nbytes:
+                    reads.append(Read(self._files[file], offset, nbytes, value.data_ptr(), name, expected))
+            else:
+                for chunk in chunks_of(name, value):
+                    self._add_chunk(name, row, chunk, dtypes[code])
         return self._plan
 
-    def _add(self, name: str, position: int, value: Any) -> None:
+    def _first_items(self, rows: Int64) -> tuple[Int64, list[bool]]:
+        """Return one item of each name, and whether it is all of its tensor and known by its bytes."""
         index = self._index
-        stored_shape = tuple(index.shape[position, : index.ndim[position]].tolist())
-        is_object = index.dtype[position] == OBJECT
-        if not isinstance(value, torch.Tensor):
-            if not is_object:
-                raise Mismatch(name, f"an object of type {type(value).__name__}", f"a tensor of shape {stored_shape}")
-            self._add_object(name, position)
-            return
-        if is_object or tuple(value.size()) != stored_shape:
-            stored = "an object" if is_object else f"shape {stored_shape}"
-            raise Mismatch(name, f"shape {tuple(value.size())}", stored)
-        for chunk in chunks_of(name, value):
-            self._add_chunk(name, position, chunk)
+        first, count = self._bounds[rows], self._bounds[rows + 1] - self._bounds[rows]
+        items = self._order[np.minimum(first, len(self._order) - 1)]
+        same = (index.item_sizes[items] == index.shape[rows]).all(axis=1)
+        return items, ((count == 1) & same & (index.data_bytes[items] >= 0)).tolist()
 
-    def _items(self, position: int) -> list[int]:
-        items: list[int] = self._order[self._bounds[position] : self._bounds[position + 1]]
-        return items
+    def _items(self, row: int) -> Int64:
+        return self._order[self._bounds[row] : self._bounds[row + 1]]
 
-    def _add_object(self, name: str, position: int) -> None:
+    def _add_object(self, name: str, row: int) -> None:
         index = self._index
-        for item in self._items(position):
+        items = self._items(row).tolist()
+        if not items:
+            raise BadIndex(self._path, f"{name}: it holds no record of this object")
+        for item in items:
             nbytes = int(index.record_bytes[item])
             data = bytearray(nbytes)
             self._plan.objects[name] = data
             if nbytes:
-                buffer = torch.frombuffer(data, dtype=torch.uint8)
-                self._plan.keep.append(buffer)
-                self._read(item, int(index.record_offset[item]), buffer, whole=True)
+                address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+                place = (self._files[index.item_file[item]], int(index.record_offset[item]), nbytes, address)
+                self._plan.reads.append(Read(*place, name, self._expected(item)))
 
-    def _add_chunk(self, name: str, position: int, wanted: Chunk) -> None:
+    def _add_chunk(self, name: str, row: int, wanted: Chunk, dtype: torch.dtype) -> None:
         index = self._index
-        ndim = int(index.ndim[position])
-        items = self._items(position)
-        if len(items) == 1 and self._add_whole(position, items[0], wanted):
-            return
+        ndim = int(index.ndim[row])
+        items = self._items(row)
+        offsets, sizes = index.item_offsets[items, :ndim], index.item_sizes[items, :ndim]
+        want = np.array(wanted.offsets, np.int64)
+        touched = ((offsets < want + np.array(wanted.sizes, np.int64)) & (offsets + sizes > want)).all(axis=1)
         found = 0
-        for item in items:
-            offsets = tuple(index.item_offsets[item, :ndim].tolist())
-            sizes = tuple(index.item_sizes[item, :ndim].tolist())
-            overlap = overlap_of((offsets, sizes), (wanted.offsets, wanted.sizes))
+        for at in np.flatnonzero(touched).tolist():
+            stored = (tuple(offsets[at].tolist()), tuple(sizes[at].tolist()))
+            overlap = overlap_of(stored, (wanted.offsets, wanted.sizes))
             if overlap is not None:
                 found += math.prod(overlap.sizes)
-                self._add_overlap(position, item, (sizes, overlap), _region(wanted.data, overlap))
+                target = _narrow(wanted.data, overlap.in_wanted, overlap.sizes)
+                self._add_overlap(int(items[at]), stored[1], overlap, target=target, dtype=dtype)
         if found != math.prod(wanted.sizes):
             raise BadIndex(self._path, f"{name}: it holds {found} of {math.prod(wanted.sizes)} wanted elements")
 
-    def _add_whole(self, position: int, item: int, wanted: Chunk) -> bool:
-        """Read a tensor that is stored and wanted in one piece; return whether it is. Most are, so this is short."""
-        index, target = self._index, wanted.data
-        offset, nbytes = int(index.data_offset[item]), int(index.data_bytes[item])
-        whole = index.item_sizes[item, : index.ndim[position]].tolist() == list(wanted.sizes)
-        same = target.nbytes == nbytes and target.dtype == torch_dtype(int(index.dtype[position]))
-        if whole and same and _is_plain_memory(target):
-            if nbytes:
-                self._read(item, offset, target, whole=True)
-            return True
-        return False
-
-    def _add_overlap(self, position: int, item: int, stored: tuple[Extent, Overlap], target: torch.Tensor) -> None:
-        index, (sizes, overlap) = self._index, stored
-        dtype = torch_dtype(int(index.dtype[position]))
-        if index.data_bytes[item] < 0:
+    def _add_overlap(
+        self, item: int, sizes: Extent, overlap: Overlap, *, target: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        if self._index.data_bytes[item] < 0:
             self._add_record(item, overlap, target)
             return
-        begin, nbytes, exact = byte_span(sizes, overlap, dtype.itemsize)
-        whole = nbytes == index.data_bytes[item]
-        offset = int(index.data_offset[item]) + begin
-        if exact and target.dtype == dtype and _is_plain_memory(target):
-            self._read(item, offset, target, whole=whole)
+        part = part_of(sizes, overlap.in_stored, overlap.sizes, itemsize=dtype.itemsize)
+        if part.sizes == overlap.sizes and target.dtype == dtype and _is_plain_memory(target):
+            self._add_part(item, part, address=target.data_ptr())
             return
-        strides = row_major(sizes)
-        scratch = _Scratch(nbytes)
-        then = scratch.copy_to(target, lambda data: torch.as_strided(data.view(dtype), overlap.sizes, strides))
-        self._read_scratch(item, (offset, nbytes), scratch, whole=whole, then=then)
+        scratch = _Scratch(part.nbytes)
+
+        def values(data: torch.Tensor) -> torch.Tensor:
+            return _narrow(data.view(dtype).view(part.sizes), part.corner, overlap.sizes)
+
+        self._add_part(item, part, scratch=scratch, then=scratch.copy_to(target, values))
+
+    def _add_part(
+        self,
+        item: int,
+        part: Part,
+        *,
+        address: int = 0,
+        scratch: _Scratch | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        index = self._index
+        whole = part.nbytes == index.data_bytes[item]
+        self._plan.reads.append(
+            Read(
+                self._files[index.item_file[item]],
+                int(index.data_offset[item]) + part.begin,
+                part.nbytes,
+                address,
+                index.names[index.item_name[item]],
+                self._expected(item) if whole else None,
+                then,
+                None if scratch is None else scratch.make,
+                part.rows,
+            )
+        )
 
     def _add_record(self, item: int, overlap: Overlap, target: torch.Tensor) -> None:
         """Read a stock record, whose inner layout only torch knows, and load it with torch."""
         index = self._index
         offset, nbytes = int(index.record_offset[item]), int(index.record_bytes[item])
-        file, scratch = self._file(item), _Scratch(nbytes)
+        file, scratch = self._files[index.item_file[item]], _Scratch(nbytes)
 
         def values(record: torch.Tensor) -> torch.Tensor:
             return _narrow(_load_record(record, file), overlap.in_stored, overlap.sizes)
 
-        self._read_scratch(item, (offset, nbytes), scratch, whole=False, then=scratch.copy_to(target, values))
+        then, name = scratch.copy_to(target, values), index.names[index.item_name[item]]
+        self._plan.reads.append(Read(file, offset, nbytes, 0, name, None, then, scratch.make))
 
-    def _file(self, item: int) -> str:
-        return os.path.join(self._path, self._index.files[self._index.item_file[item]])
-
-    def _read(self, item: int, offset: int, target: torch.Tensor, *, whole: bool) -> None:
-        name, expected = self._index.names[self._index.item_name[item]], self._expected(item, whole=whole)
-        self._plan.reads.append(Read(self._file(item), offset, target.nbytes, target.data_ptr(), name, expected))
-
-    def _read_scratch(
-        self, item: int, span: tuple[int, int], scratch: _Scratch, *, whole: bool, then: Callable[[], None]
-    ) -> None:
-        name, expected = self._index.names[self._index.item_name[item]], self._expected(item, whole=whole)
-        self._plan.reads.append(Read(self._file(item), *span, 0, name, expected, then, scratch.make))
-
-    def _expected(self, item: int, *, whole: bool) -> int | None:
-        return int(self._index.item_hash[item]) if whole and self._verify else None
-
-
-def _region(data: torch.Tensor, overlap: Overlap) -> torch.Tensor:
-    return _narrow(data, overlap.in_wanted, overlap.sizes)
+    def _expected(self, item: int) -> int | None:
+        return int(self._index.item_hash[item]) if self._verify else None
 
 
 def _narrow(data: torch.Tensor, begins: Extent, sizes: Extent) -> torch.Tensor:
@@ -262,7 +218,9 @@ def _narrow(data: torch.Tensor, begins: Extent, sizes: Extent) -> torch.Tensor:
 
 
 def _is_plain_memory(target: torch.Tensor) -> bool:
-    return target.device.type == "cpu" and target.is_contiguous() and not (target.is_conj() or target.is_neg())
+    """Return whether a tensor's bytes lie in memory as a file holds them."""
+    strided = target.layout is torch.strided and target.is_cpu
+    return strided and target.is_contiguous() and not (target.is_conj() or target.is_neg())
 
 
 def _load_record(buffer: torch.Tensor, file: str) -> torch.Tensor:

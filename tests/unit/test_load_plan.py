@@ -13,8 +13,10 @@ from torch.distributed.tensor import Shard
 
 from ckptd.client.flatten import flatten
 from ckptd.client.load import load_into
-from ckptd.client.load_plan import LoadPlanner, Overlap, byte_span, overlap_of, row_major
-from ckptd.protocol.errors import BadIndex, Mismatch, MissingKeys, UnknownCheckpoint, Unsupported, WrongBits
+from ckptd.client.load_match import LoadRules, match
+from ckptd.client.load_plan import LoadPlanner
+from ckptd.protocol.errors import BadIndex, Mismatch, UnknownCheckpoint, Unsupported, WrongBits
+from ckptd.staging.dtypes import OBJECT
 
 INDEX, IMAGES = make_checkpoint()
 KEYS = {"model.w": "w", "model.b": "b", "model.step": "step", "model.deep": "deep", "model.empty": "empty"}
@@ -54,47 +56,15 @@ def checkpoint(tmp_path) -> str:
     return str(tmp_path)
 
 
-def load(state, path, *, partial=False, flat=False):
-    load_into(state, path, partial=partial, flat=flat)
+def load(state, path, *, flat=False, **rules):
+    load_into(state, path, rules=LoadRules(**rules), flat=flat)
     return state
 
 
-def planned(state, *, partial=False, index=INDEX, verify=True):
-    return LoadPlanner("/ckpt", index, verify=verify).plan(flatten(state), partial=partial)
-
-
-class TestOverlap:
-    @pytest.mark.parametrize(
-        ("stored", "wanted", "shared"),
-        [
-            (((0,), (4,)), ((0,), (4,)), Overlap((0,), (0,), (4,))),
-            (((2,), (4,)), ((0,), (3,)), Overlap((0,), (2,), (1,))),
-            (((0, 0), (4, 4)), ((1, 2), (9, 9)), Overlap((1, 2), (0, 0), (3, 2))),
-            (((0,), (4,)), ((4,), (4,)), None),
-            (((0,), (0,)), ((0,), (4,)), None),
-            (((), ()), ((), ()), Overlap((), (), ())),
-        ],
-    )
-    def test_two_boxes(self, stored, wanted, shared):
-        assert overlap_of(stored, wanted) == shared
-
-
-class TestByteSpan:
-    def test_whole_rows_are_one_range(self):
-        assert byte_span((4, 6), Overlap((1, 0), (0, 0), (2, 6)), 4) == (24, 48, True)
-
-    def test_a_column_is_a_range_with_holes(self):
-        assert byte_span((4, 6), Overlap((0, 2), (0, 0), (4, 1)), 2) == (4, 38, False)
-
-    def test_a_part_of_one_row_has_none(self):
-        assert byte_span((4, 6), Overlap((3, 1), (0, 0), (1, 5)), 1) == (19, 5, True)
-
-    def test_a_scalar_is_its_own_span(self):
-        assert byte_span((), Overlap((), (), ()), 8) == (0, 8, True)
-
-    @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
-    def test_strides_are_those_of_torch(self, shape):
-        assert row_major(shape) == torch.empty(shape).stride()
+def planned(state, *, index=INDEX, verify=True):
+    leaves = flatten(state)
+    found = match("/ckpt", index, leaves, rules=LoadRules())
+    return LoadPlanner("/ckpt", index, verify=verify).plan(leaves, found)
 
 
 class TestThePlan:
@@ -118,46 +88,22 @@ class TestThePlan:
             [read] = planned(state).reads
         assert (read.nbytes, read.expected_hash) == (300, None)
 
-    def test_missing_names_are_counted_and_the_first_is_told(self):
-        with pytest.raises(MissingKeys) as caught:
-            planned({"epoch": 0, "no": 1, "nor": 2})
-        assert (caught.value.count, caught.value.first, caught.value.path) == (2, "no", "/ckpt")
-        assert str(caught.value).startswith("Missing key in checkpoint state_dict: no")
-
-    def test_or_left_alone_where_a_part_will_do(self):
-        assert list(planned({"epoch": 0, "no": 1}, partial=True).objects) == ["epoch"]
-
     @pytest.mark.parametrize(
-        ("state", "told"),
+        ("lost", "state", "told"),
         [
-            (
-                {"model": {"w": torch.zeros(4, 7)}},
-                "model.w: the state dict wants shape (4, 7), the checkpoint holds shape (4, 6)",
-            ),
-            (
-                {"model": {"w": torch.zeros(24)}},
-                "model.w: the state dict wants shape (24,), the checkpoint holds shape (4, 6)",
-            ),
-            (
-                {"model": {"w": 5}},
-                "model.w: the state dict wants an object of type int, the checkpoint holds a tensor of shape (4, 6)",
-            ),
-            ({"epoch": torch.zeros(())}, "epoch: the state dict wants shape (), the checkpoint holds an object"),
+            ("model.w", {"model": {"w": torch.zeros(4, 6)}}, "model.w: it holds 12 of 24 wanted elements"),
+            ("model.b", {"model": {"b": torch.zeros(300, dtype=torch.bfloat16)}}, "it holds 0 of 300 wanted elements"),
+            ("epoch", {"epoch": 0}, "epoch: it holds no record of this object"),
         ],
     )
-    def test_what_does_not_fit_is_told_by_key(self, state, told):
-        with pytest.raises(Mismatch) as caught:
-            planned(state)
-        assert str(caught.value) == told
-
-    def test_an_index_with_a_hole_is_not_believed(self):
+    def test_an_index_with_a_hole_is_not_believed(self, lost, state, told):
         keep = np.ones(len(INDEX.item_name), bool)
-        keep[np.flatnonzero(INDEX.item_name == 0)[1]] = False
+        keep[np.flatnonzero(INDEX.item_name == INDEX.names.index(lost))[-1]] = False
         columns = {
             name: getattr(INDEX, name)[keep] for name in vars(INDEX) if name.startswith(("item_", "record_", "data_"))
         }
-        with pytest.raises(BadIndex, match=r"model.w: it holds 12 of 24 wanted elements"):
-            planned({"model": {"w": torch.zeros(4, 6)}}, index=dataclasses.replace(INDEX, **columns))
+        with pytest.raises(BadIndex, match=told):
+            planned(state, index=dataclasses.replace(INDEX, **columns))
 
 
 class TestALoad:
@@ -238,6 +184,50 @@ class TestALoad:
         with pytest.raises(Mismatch):
             load(state, checkpoint)
         assert not state["model"]["w"].any()
+
+    def test_tensors_that_do_not_fit_stay_as_they_were_where_nobody_insists(self, checkpoint):
+        state = {"model": {"w": torch.full((4, 7), 3.0), "b": torch.zeros(300, dtype=torch.bfloat16), "new": "kept"}}
+        report = load_into(state, checkpoint, rules=LoadRules(strict=False))
+        assert (report.loaded, report.missing) == (1, ("model.new",))
+        assert [other.name for other in report.mismatched] == ["model.w"]
+        assert torch.equal(state["model"]["w"], torch.full((4, 7), 3.0))
+        assert state["model"]["new"] == "kept"
+        assert bits(state["model"]["b"]) == bits(saved("model.b"))
+
+    def test_meta_tensors_that_the_checkpoint_lacks_stay_meta(self, checkpoint):
+        state = {"model": {"new": torch.zeros(3, device="meta")}}
+        load(state, checkpoint, strict=False)
+        assert state["model"]["new"].is_meta
+
+    def test_meta_shards_are_made(self, checkpoint):
+        with as_rank(1, 2):
+            shard = dtensor(torch.zeros(2, 6, device="meta"), (4, 6), [Shard(0)], (2,))
+            state = load({"model": {"w": shard}}, checkpoint)
+            assert bits(state["model"]["w"].to_local()) == bits(saved("model.w")[2:])
+            assert state["model"]["w"].placements == (Shard(0),)
+
+    def test_the_report_counts_keys_and_bytes(self, checkpoint):
+        report = load_into(empty_state(), checkpoint, rules=LoadRules())
+        payload = INDEX.data_bytes[INDEX.dtype[INDEX.item_name] != OBJECT].sum()
+        objects = INDEX.record_bytes[INDEX.dtype[INDEX.item_name] == OBJECT].sum()
+        assert (report.path, report.loaded, report.source) == (checkpoint, 7, "disk")
+        assert report.needed_bytes == payload + objects
+        assert report.needed_bytes <= report.read_bytes <= 1.05 * report.needed_bytes
+        assert report.seconds > 0
+        assert report.complete
+        assert report.unexpected == ()
+
+    def test_without_verifying_wrong_bits_are_loaded(self, checkpoint, tmp_path):
+        item = int(np.flatnonzero(INDEX.item_name == INDEX.names.index("model.b"))[0])
+        file = tmp_path / INDEX.files[INDEX.item_file[item]]
+        data = bytearray(file.read_bytes())
+        data[int(INDEX.data_offset[item])] ^= 4
+        file.write_bytes(data)
+        state = {"model": {"b": torch.zeros(300, dtype=torch.bfloat16)}}
+        with pytest.raises(WrongBits):
+            load(state, checkpoint)
+        load_into(state, checkpoint, rules=LoadRules(), verify=False)
+        assert bits(state["model"]["b"])[1:] == bits(saved("model.b"))[1:]
 
     def test_no_checkpoint_is_told(self, tmp_path):
         with pytest.raises(UnknownCheckpoint):

@@ -13,13 +13,15 @@ from support.images import random_bytes
 from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint import read as read_module
+from ckptd.checkpoint import read_files, read_requests
+from ckptd.checkpoint.mapped import MappedFile
 from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read import Read, read_all
+from ckptd.checkpoint.read import Read, ReadCount, Rows, read_all
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
 PAGE = 4096
 CHUNK = 4 * PAGE
-GAP = read_module._MERGE_GAP_BYTES
+GAP = read_requests.MERGE_GAP_BYTES
 DATA = random_bytes(200 * 1024)
 
 
@@ -65,6 +67,12 @@ class Wanted:
         assert sorted(self.handed) == list(range(len(self.reads)))
 
 
+def pretend(monkeypatch, *, cached: bool) -> None:
+    """Let every file be in the page cache, or no file."""
+    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: cached)
+    monkeypatch.setattr(PageCacheProbe, "is_all_or_nothing", lambda self, offset, nbytes: None)
+
+
 @pytest.fixture(params=["cached", "past the cache", "no O_DIRECT"])
 def way(request, monkeypatch):
     """The three ways that bytes can come."""
@@ -78,8 +86,8 @@ def way(request, monkeypatch):
 
         monkeypatch.setattr(os, "open", refuse)
     cached = request.param == "cached"
-    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: cached)
-    monkeypatch.setattr(read_module, "_CHUNK_BYTES", CHUNK)
+    pretend(monkeypatch, cached=cached)
+    monkeypatch.setattr(read_requests, "CHUNK_BYTES", CHUNK)
     return request.param
 
 
@@ -110,7 +118,9 @@ class TestEveryWay:
         wanted = Wanted(file)
         for number, (offset, nbytes) in enumerate(ranges):
             wanted.add(offset, nbytes, shift=number * 24)
-        assert read_all(wanted.reads, threads=threads) >= sum({nbytes for _, nbytes in ranges}) // 2
+        count = read_all(wanted.reads, threads=threads)
+        assert count.wanted_bytes == sum(nbytes for _, nbytes in ranges)
+        assert count.read_bytes >= len({byte for at, nbytes in ranges for byte in range(at, at + nbytes)})
         wanted.check()
 
     def test_several_files_are_read_at_once(self, file, way, tmp_path):
@@ -200,7 +210,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_cache(file,
             raise OSError(errno.EINVAL, "unaligned")
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: False)
+    pretend(monkeypatch, cached=False)
     monkeypatch.setattr(os, "preadv", refuse)
     wanted = Wanted(file)
     wanted.add(0, 2 * PAGE)
@@ -209,10 +219,18 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_cache(file,
     wanted.check()
 
 
+def cut(buffers, nbytes: int):
+    """Return the first bytes of a list of buffers."""
+    kept = []
+    for buffer in buffers:
+        kept.append(buffer[: nbytes - sum(map(len, kept))])
+    return [buffer for buffer in kept if len(buffer)]
+
+
 @pytest.mark.parametrize("step", [1000, PAGE])
 def test_short_reads_are_continued(file, monkeypatch, way, step):
     real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: real(descriptor, [buffers[0][:step]], at))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: real(descriptor, cut(buffers, step), at))
     wanted = Wanted(file)
     wanted.add(PAGE, 2 * PAGE)
     wanted.add(100 * 1024 + 7, 3000)
@@ -231,19 +249,38 @@ def test_no_descriptor_is_left(file, tmp_path):
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_gaps_that_were_read_are_counted(file):
+def test_what_was_read_is_counted_with_gaps_that_cost_little(file, monkeypatch):
+    pretend(monkeypatch, cached=True)
     wanted = Wanted(file)
-    wanted.add(0, 10)
-    wanted.add(100, 10)
+    wanted.add(0, 50_000)
+    wanted.add(50_100, 30_000)
     wanted.add(150 * 1024, 10)
-    assert read_all(wanted.reads) == 110 + 10
+    assert read_all(wanted.reads) == ReadCount(80_010, 80_110)
+    wanted.check()
 
 
-def test_a_cached_target_is_copied_to_without_a_bounce(file, monkeypatch):
-    monkeypatch.setattr(PageCacheProbe, "is_cached", lambda self, offset, nbytes: True)
-    monkeypatch.setattr(read_module, "_into", _no_bounce)
+def test_blocks_that_were_read_past_the_cache_are_counted(file, monkeypatch):
+    pretend(monkeypatch, cached=False)
     wanted = Wanted(file)
-    wanted.add(PAGE, 4 * PAGE)
+    wanted.add(PAGE + 1, 32 * PAGE - 2)
+    assert read_all(wanted.reads) == ReadCount(32 * PAGE - 2, 32 * PAGE)
+    wanted.check()
+
+
+def test_a_short_range_is_not_rounded_to_blocks(file, monkeypatch):
+    pretend(monkeypatch, cached=False)
+    wanted = Wanted(file)
+    wanted.add(PAGE + 1, PAGE)
+    assert read_all(wanted.reads) == ReadCount(PAGE, PAGE)
+    wanted.check()
+
+
+def test_cached_targets_are_copied_to_without_a_bounce(file, monkeypatch):
+    pretend(monkeypatch, cached=True)
+    monkeypatch.setattr(read_files.DiskFile, "view", _no_bounce)
+    wanted = Wanted(file)
+    wanted.add(PAGE, 4 * PAGE, shift=3)
+    wanted.add(5 * PAGE + 7, 20 * PAGE, shift=9)
     read_all(wanted.reads)
     wanted.check()
 
@@ -256,6 +293,111 @@ def test_the_disk_is_read_into_aligned_buffers_of_whole_huge_pages():
 
 def _no_bounce(*_, **__):
     raise AssertionError("read through a bounce buffer")
+
+
+class TestRows:
+    """Parts of a range that lie far apart, packed one behind the other."""
+
+    STARTS = np.arange(0, 40 * PAGE, PAGE)
+
+    def read_rows(self, file, starts, row_bytes, **options):
+        starts = np.asarray(starts, np.int64)
+        target = Target(len(starts) * row_bytes, shift=5)
+        handed = []
+        rows = Rows(starts, row_bytes)
+        read = Read(file, 100, target.nbytes, target.address, "item", None, lambda: handed.append(1), None, rows)
+        count = read_all([read], **options)
+        assert count == ReadCount(target.nbytes, target.nbytes)
+        assert target.content() == b"".join(DATA[100 + at : 100 + at + row_bytes] for at in starts.tolist())
+        assert handed == [1]
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_only_they_are_read(self, file, way, threads, monkeypatch):
+        monkeypatch.setattr(read_requests, "_ROWS_PER_REQUEST", 7)
+        self.read_rows(file, self.STARTS, 777, threads=threads)
+
+    def test_one_row(self, file, way):
+        self.read_rows(file, [0], 10)
+
+    def test_rows_longer_than_a_chunk(self, file, way):
+        self.read_rows(file, [0, 6 * PAGE, 12 * PAGE], 5 * PAGE)
+
+    def test_short_reads_of_rows_are_continued(self, file, monkeypatch, way):
+        real = os.preadv
+        monkeypatch.setattr(MappedFile, "copy_rows", lambda *_: False)
+        monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: real(descriptor, cut(buffers, 100), at))
+        self.read_rows(file, self.STARTS, 777)
+
+    def test_a_file_that_ends_within_a_row_is_told(self, file):
+        starts = np.array([0, len(DATA) - 500], np.int64)
+        target = Target(2000)
+        with pytest.raises(TruncatedFile):
+            read_all([Read(file, 0, 2000, target.address, "item", rows=Rows(starts, 1000))])
+
+    def test_a_file_that_is_cut_meanwhile_is_told(self, file, monkeypatch):
+        monkeypatch.setattr(MappedFile, "copy_rows", lambda *_: False)
+        monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: 0)
+        target = Target(2000)
+        with pytest.raises(TruncatedFile):
+            read_all([Read(file, 0, 2000, target.address, "item", rows=Rows(np.array([0, 5000], np.int64), 1000))])
+
+
+class FromMemory:
+    """A source that has every file at hand, as a cache on the node would."""
+
+    name = "memory"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self._files, self.opened = files, []
+
+    def open(self, path, ranges):
+        self.opened.append((path, ranges))
+        return FileInMemory(self._files[path])
+
+
+class FileInMemory:
+    def __init__(self, content: bytes) -> None:
+        self._content, self.read_bytes = content, 0
+
+    def fill(self, begin, targets):
+        return False
+
+    def view(self, begin, end, bounce):
+        self.read_bytes += end - begin
+        return memoryview(self._content)[begin:end]
+
+    def fill_rows(self, begins, row_bytes, target):
+        target[:] = b"".join(self._content[at : at + row_bytes] for at in begins.tolist())
+        self.read_bytes += len(target)
+
+    def close(self):
+        self._content = b""
+
+
+class TestAnotherSource:
+    def test_bytes_come_from_it_and_are_verified(self, tmp_path):
+        gone = str(tmp_path / "gone")
+        wanted = Wanted(gone)
+        wanted.add(100, 50_000, expected=xxh3_64_intdigest(DATA[100:50_100]))
+        wanted.add(60_000, 9)
+        source = FromMemory({gone: DATA})
+        assert read_all(wanted.reads, source=source) == ReadCount(50_009, 50_009)
+        assert source.opened == [(gone, [(100, 50_100), (60_000, 60_009)])]
+        wanted.check()
+
+    def test_rows_come_from_it(self):
+        target = Target(200)
+        read = Read("file", 0, 200, target.address, "item", rows=Rows(np.array([0, 5000], np.int64), 100))
+        assert read_all([read], source=FromMemory({"file": DATA})) == ReadCount(200, 200)
+        assert target.content() == DATA[:100] + DATA[5000:5100]
+
+    def test_its_wrong_bits_are_told_as_well(self, tmp_path):
+        gone = str(tmp_path / "gone")
+        wanted = Wanted(gone)
+        wanted.add(100, 50, expected=12345)
+        with pytest.raises(WrongBits):
+            read_all(wanted.reads, source=FromMemory({gone: DATA}))
+        assert wanted.handed == []
 
 
 class TestThePageCache:
@@ -274,6 +416,28 @@ class TestThePageCache:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         assert not probe.is_cached(0, len(DATA))
         probe.close()
+        probe.close()
+        os.close(descriptor)
+
+    def test_a_whole_file_may_be_told_at_once(self, file):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        probe = PageCacheProbe(descriptor, len(DATA))
+        told = [probe.is_all_or_nothing(0, len(DATA))]
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        told.append(probe.is_all_or_nothing(0, len(DATA)))
+        os.pread(descriptor, PAGE, 8 * PAGE)
+        told.append(probe.is_all_or_nothing(0, len(DATA)))
+        told.append(probe.is_all_or_nothing(8 * PAGE, PAGE))
+        assert told == [True, False, None, True]
+        os.close(descriptor)
+
+    def test_or_not_where_only_parts_can_be_asked_for(self, file, monkeypatch):
+        monkeypatch.setattr("ckptd.checkpoint.pagecache._CACHESTAT", None)
+        descriptor = os.open(file, os.O_RDONLY)
+        probe = PageCacheProbe(descriptor, len(DATA))
+        assert probe.is_all_or_nothing(0, len(DATA)) is None
         probe.close()
         os.close(descriptor)
 
