@@ -36,12 +36,14 @@ from ckptd.protocol.messages import (
     Attached,
     AttachReply,
     AttachRequest,
+    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
     Echo,
     Heartbeat,
     OpenArena,
+    OpenCache,
     Refused,
 )
 from ckptd.staging.arena import ArenaView
@@ -110,6 +112,14 @@ class Link:
         if not isinstance(reply, ArenaOpened) or len(descriptors) != 1:
             raise BadMessage("an arena without a descriptor")
         return ArenaView(descriptors[0], arena=reply.arena, slots=reply.slots, slot_bytes=reply.slot_bytes)
+
+    def open_cache(self, wanted_bytes: int) -> tuple[CacheOpened, ArenaView]:
+        """Have the node's cache opened for a load of so many bytes, and map its segment. Raises CkptdError."""
+        with self._asking:
+            reply, descriptors = self._ask(OpenCache(wanted_bytes), timeout_s=self._timeouts.connect_s)
+        if not isinstance(reply, CacheOpened) or len(descriptors) != 1:
+            raise BadMessage("a cache without a descriptor")
+        return reply, ArenaView(descriptors[0], arena=0, slots=1, slot_bytes=reply.frames * reply.frame_bytes)
 
     def _ask(self, request: AttachRequest, *, timeout_s: float) -> tuple[AttachReply, list[int]]:
         connection = self._attach_socket

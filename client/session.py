@@ -21,6 +21,7 @@ from ckptd.client.handover import HandOver, HandOverSnapshot, make_hand_over_lay
 from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
+from ckptd.client.logging_handlers import note
 from ckptd.client.slots import OnBusy, Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.protocol import messages
@@ -38,6 +39,7 @@ from ckptd.protocol.messages import (
     Aborted,
     Assigned,
     Attach,
+    CacheAnswer,
     Committed,
     DaemonMessage,
     Fenced,
@@ -133,12 +135,15 @@ class Session:
         check_local_world(identity)
         self.identity, self.options = identity, options
         self._lock = threading.Lock()
+        self.loading = threading.Lock()  # held by the load that uses the node's cache, and sets the next line
+        self.on_cache_news: Callable[[CacheAnswer | None], None] = lambda _: None
         self._staging_one_at_a_time = threading.Lock()
         self._sequence = 0
         self._saves: dict[int, _Save] = {}
         self._slots = Slots()
         self._layout: RankLayout | None = None
-        self._capacities: dict[str, int] = {}
+        self._last_look: Snapshot | None = None
+        self._last_handed_over: Snapshot | None = None
         self._last_staging: Future[None] | None = None
         self._error: CkptdError | None = None
         self._copier = Copier()
@@ -167,6 +172,11 @@ class Session:
     def live(self) -> bool:
         """Whether saves can be made; a session whose daemon went away is not."""
         return self._error is None and self._link.live
+
+    @property
+    def link(self) -> Link:
+        """The line to the daemon."""
+        return self._link
 
     @property
     def incarnation(self) -> int:
@@ -263,6 +273,7 @@ class Session:
             save.future = SaveFuture(
                 request.checkpoint_id, lambda: request.read_metadata(request.checkpoint_id, committed[0])
             )
+            save.future.rank = self.identity.rank
             self._saves[save.sequence] = save
             return save
 
@@ -271,11 +282,11 @@ class Session:
             if not self._link.attached.user_code:
                 what = f"{request.hand_over} in a daemon that runs no users' code"
                 raise Unsupported(what, "set user_code = true in its configuration, or leave planner and writer out")
-            handed_over = take_hand_over(state_dict, request.hand_over, capacities=self._capacities)
-            self._capacities = {**self._capacities, **handed_over.capacities}
+            handed_over = take_hand_over(state_dict, request.hand_over, last=self._last_handed_over)
+            self._last_handed_over = handed_over.forget()
             return handed_over
-        snapshot = take_snapshot(state_dict, capacities=self._capacities, flat=request.flat)
-        self._capacities = snapshot.capacities
+        snapshot = take_snapshot(state_dict, last=self._last_look, flat=request.flat)
+        self._last_look = snapshot.forget()
         return snapshot
 
     def _stage(self, save: _Save) -> None:
@@ -297,6 +308,7 @@ class Session:
         layout = self._layout_for(save)
         self._make_room(layout)
         save.plan_s = time.monotonic() - save.begun_s
+        note("save", "plan", save.future.checkpoint_id, self.identity.rank, save.plan_s)
         slot = self._slots.acquire(
             on_busy=self.options.on_busy,
             timeout_s=self.options.busy_timeout_s,
@@ -308,6 +320,7 @@ class Session:
             slot.set_state(SlotState.STAGING, sequence=save.sequence)
             object_bytes = self._copy(slot, layout, snapshot)
             stage_s = time.monotonic() - begun
+            note("save", "stage", save.future.checkpoint_id, self.identity.rank, stage_s, nbytes=layout.image_bytes)
         except BaseException:
             self._slots.release(slot)
             raise
@@ -356,6 +369,7 @@ class Session:
         save.snapshot = None  # what is staged needs no reference to the state dict
         save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line
         self._link.send_encoded(seal)
+        note("save", "seal", save.future.checkpoint_id, self.identity.rank, time.monotonic() - now)
 
     def _give_up(self, save: _Save, error: CkptdError) -> None:
         save.snapshot = None
@@ -420,6 +434,8 @@ class Session:
                 self._slots.freed(message.arena, message.slot)
             case Fenced():
                 self._on_lost(from_report(message.error))
+            case CacheAnswer():
+                self.on_cache_news(message)
             case Assigned() | Progress() | Committed() | Aborted():
                 save = self._saves.get(message.sequence)
                 if save is not None:
@@ -456,6 +472,7 @@ class Session:
             self._error = self._error or error
             saves = list(self._saves.values())
         self._slots.fail(error)
+        self.on_cache_news(None)
         for save in saves:
             self._end(save, error)
 

@@ -121,6 +121,12 @@ def session_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session:
         return session
 
 
+def live_session(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session | None:
+    """Return the session of a group of ranks if there is a live one; opens none."""
+    session = _sessions.get(_key(group, no_dist=no_dist))
+    return session if session is not None and session.live else None
+
+
 def _key(group: dist.ProcessGroup | None, *, no_dist: bool) -> str:
     if no_dist:
         return "no_dist"

@@ -24,7 +24,9 @@ from ckptd.protocol.messages import (
     Attach,
     Attached,
     AttachReply,
+    CacheOpened,
     OpenArena,
+    OpenCache,
     Refused,
 )
 
@@ -44,6 +46,9 @@ class Host(Protocol):
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
         """Make an arena for the session. Raises CkptdError."""
+
+    async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
+        """Let the session use the node's cache; return its segment's descriptor, too. Raises CkptdError."""
 
     def lose(self, session: Session, reason: str) -> None:
         """The peer is gone."""
@@ -168,6 +173,9 @@ class _AttachedPeer:
                 arena = await self._host.open_arena(self._session, request)
                 opened = ArenaOpened(arena.number, arena.slots, arena.slot_bytes)
                 self._send(opened, [arena.descriptor])
+            case OpenCache() if self._session is not None:
+                cache, descriptor = await self._host.open_cache(self._session, request)
+                self._send(cache, [descriptor])
             case _:
                 raise BadMessage("an attach message out of turn")
 

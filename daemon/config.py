@@ -27,6 +27,7 @@ Nice = Annotated[int, msgspec.Meta(ge=0, le=19)]
 # The upper bound also keeps out TOML's inf and nan: no wait is without end.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
 Directory = Annotated[str, msgspec.Meta(pattern="^/")]
+CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
@@ -73,6 +74,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""
+
+    node_cache_bytes: CacheBytes = 128 * _MIB
+    """Shared memory of each job through which ranks of this node share what they load, while they load it; 0: none."""
+
+    node_cache_wait_s: Seconds = 1.0
+    """Seconds for which a load counts with ranks that have not begun theirs; for ranks that lag behind, twice that."""
 
     work_attempts: Attempts = 3
     """How often the work of dead workers is begun, the first time included, before its generation fails."""

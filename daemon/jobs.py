@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from ckptd.daemon.jobfiles import JobFiles
+from ckptd.daemon.nodecache import NodeCache
 from ckptd.daemon.saves import JobContext, Saves
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
@@ -38,6 +39,7 @@ class Job:
         self._user_pool: WorkerPool | None = None
         self.files = JobFiles(context.root, identity)
         self.saves = Saves(self, context)
+        self.cache = NodeCache(self, context)
         self._retired: list[Session] = []  # ended sessions whose slots are still being written
 
     def attach(self, session: Session, request: Attach) -> None:
@@ -65,6 +67,7 @@ class Job:
         self.sessions.clear()
         self.saves.forget_plan()
         self.saves.fail_incomplete(error)
+        self.cache.close()
         self.progress_timeout_s = self._context.config.progress_timeout_s
 
     def _open_pool(self) -> None:
@@ -78,10 +81,10 @@ class Job:
                 "a user's own planner or storage writer", "set user_code = true in the daemon's configuration"
             )
         if self._user_pool is None:
-            self._user_pool = self._new_pool(1)
+            self._user_pool = self._new_pool(1, users_code=True)
         return self._user_pool
 
-    def _new_pool(self, count: int) -> WorkerPool:
+    def _new_pool(self, count: int, *, users_code: bool = False) -> WorkerPool:
         config = self._context.config
         settings = WorkerSettings(
             count=count,
@@ -89,6 +92,7 @@ class Job:
             attempts=config.work_attempts,
             silence_s=self.progress_timeout_s,
             identity=self._identity,
+            users_code=users_code,
         )
         pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
         pool.start()
@@ -108,6 +112,7 @@ class Job:
             del self.sessions[session.rank]
         self.roster.leave(session.rank, incarnation=session.incarnation)
         self.saves.rank_fell(session, reason)
+        self.cache.lose(session)
         self._retire(session)
 
     def _harvest(self, session: Session) -> None:
@@ -144,6 +149,7 @@ class Job:
     def check_deadlines(self) -> None:
         """Fail generations without news, and lose sessions that fell silent."""
         self.saves.check_deadlines()
+        self.cache.tick()
         for session in list(self.sessions.values()):
             if session.silent_s > self._context.config.session_timeout_s:
                 silent = DeadlineExceeded("the daemon heard nothing of this process", session.silent_s)
@@ -157,6 +163,7 @@ class Job:
         sessions = [*self.sessions.values(), *self._retired]
         self._retired = []
         self.saves.forget_plan()
+        self.cache.close()
         for session in sessions:
             for number in list(session.arenas):
                 session.close_arena(number)

@@ -104,6 +104,7 @@ class Metrics:
         self._written = self._counter("ckptd_written_bytes", "Bytes that workers wrote, repeated work included.")
         self._committed = self._counter("ckptd_committed_bytes", "Bytes of published checkpoints.")
         self._restarts = self._counter("ckptd_worker_restarts", "Dead workers that were replaced.")
+        self._cached = self._counter("ckptd_node_cache_served_bytes", "Bytes that loads took from another rank's read.")
         saves = self._counter("ckptd_saves", "Saves that came to an end, by outcome.", "outcome")
         self._saves = {name: saves.labels(name) for name in get_args(Outcome)}
         failures = self._counter("ckptd_failures", "Failed saves, by class of the root cause.", "kind")
@@ -126,6 +127,10 @@ class Metrics:
     def written(self, nbytes: int) -> None:
         """Count bytes that a worker has written."""
         self._written.inc(nbytes)
+
+    def served_from_cache(self, nbytes: int) -> None:
+        """Count bytes that a rank was told to copy from the node cache instead of reading them."""
+        self._cached.inc(nbytes)
 
     def committed(self, nbytes: int, seconds: float, *, now: float) -> None:
         """Count a published checkpoint.

@@ -31,6 +31,7 @@ from ckptd.protocol import errors
 from ckptd.protocol.messages import (
     Attach,
     Attached,
+    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
@@ -38,6 +39,7 @@ from ckptd.protocol.messages import (
     GaveUp,
     Heartbeat,
     OpenArena,
+    OpenCache,
     Propose,
     Sealed,
 )
@@ -253,6 +255,10 @@ class Daemon:
             raise errors.SessionClosed("the session ended while its arena was made")
         return arena
 
+    async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
+        """Let a session use its job's node cache."""
+        return await self._job_of[session].cache.open(session, request.wanted_bytes)
+
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""
         self._sessions.pop(session.token, None)
@@ -288,6 +294,8 @@ class Daemon:
                 job.saves.on_gave_up(session, message)
             case Detach():
                 self.lose(session, "left")
+            case _:
+                job.cache.on_message(session, message)
 
     def _send(self, session: Session, message: DaemonMessage) -> None:
         if self._router is not None:

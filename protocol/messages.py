@@ -4,14 +4,15 @@ Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSI
 misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
 
 Three conversations:
-    attach socket   Attach, OpenArena -> Attached, ArenaOpened, Refused      (Unix socket: credentials, descriptors)
+    attach socket   Attach, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
+                    credentials, descriptors)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -78,6 +79,19 @@ class ArenaOpened(Message, frozen=True, tag="arena_opened"):
     slot_bytes: NBytes
 
 
+class OpenCache(Message, frozen=True, tag="open_cache"):
+    """Client to daemon: let this rank use the node's cache for a load of so many bytes."""
+
+    wanted_bytes: NBytes
+
+
+class CacheOpened(Message, frozen=True, tag="cache_opened"):
+    """Daemon to client: the descriptor of the cache's segment comes with this frame."""
+
+    frames: Count
+    frame_bytes: NBytes
+
+
 class Refused(Message, frozen=True, tag="refused"):
     """Daemon to client: the request failed."""
 
@@ -134,6 +148,45 @@ class GaveUp(Message, frozen=True, tag="gave_up"):
     error: ErrorReport
 
 
+class CacheWants(Message, frozen=True, tag="cache_wants"):
+    """The rank will claim these ranges of a file, each within one frame's length (int64 column: begin, end, ...)."""
+
+    file: Name
+    ranges: bytes
+
+
+class CacheBegun(Message, frozen=True, tag="cache_begun"):
+    """All that the rank wants has been said."""
+
+
+class CacheSkipped(Message, frozen=True, tag="cache_skipped"):
+    """The rank has got a range in another way."""
+
+    file: Name
+    begin: NBytes
+    end: NBytes
+
+
+class CacheClaim(Message, frozen=True, tag="cache_claim"):
+    """The rank needs a range now. Answer: CacheAnswer."""
+
+    number: NBytes
+    file: Name
+    begin: NBytes
+    end: NBytes
+
+
+class CacheDone(Message, frozen=True, tag="cache_done"):
+    """The rank touches the frame that it was told of no more. ``good``: what it was to read is there."""
+
+    number: NBytes
+    good: bool = True
+
+
+class CacheLeft(Message, frozen=True, tag="cache_left"):
+    """The rank's load is over."""
+
+
 class Detach(Message, frozen=True, tag="detach"):
     """The client closes its session; what it sealed is finished."""
 
@@ -182,6 +235,16 @@ class Aborted(Message, frozen=True, tag="aborted"):
     sequence: int
     error: ErrorReport
     replan: bool = False
+
+
+class CacheAnswer(Message, frozen=True, tag="cache_answer"):
+    """What to do about a claim: copy from a frame, read a range into it (reply to both: CacheDone), or read alone."""
+
+    number: NBytes
+    verdict: Literal["copy", "read", "alone"]
+    frame: NBytes = 0
+    begin: NBytes = 0
+    end: NBytes = 0
 
 
 class Fenced(Message, frozen=True, tag="fenced"):
@@ -301,10 +364,11 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | OpenArena
-AttachReply = Attached | ArenaOpened | Refused
-ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach
-DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced
+AttachRequest = Attach | OpenArena | OpenCache
+AttachReply = Attached | ArenaOpened | CacheOpened | Refused
+CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
+ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
+DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
 Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask
 TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
 

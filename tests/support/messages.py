@@ -8,10 +8,11 @@ from ckptd.protocol.errors import DiskFull
 ERROR = DiskFull("/runs", 10, 3).report()
 
 SAMPLES = {
-    m.decode_attach_request: [m.Attach(1, "job", 0, 2, "launch", 2.5), m.OpenArena(2, 8192)],
+    m.decode_attach_request: [m.Attach(1, "job", 0, 2, "launch", 2.5), m.OpenArena(2, 8192), m.OpenCache(7)],
     m.decode_attach_reply: [
         m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
         m.ArenaOpened(1, 2, 8192),
+        m.CacheOpened(64, 4 << 20),
         m.Refused(ERROR),
     ],
     m.decode_client_message: [
@@ -20,6 +21,12 @@ SAMPLES = {
         m.Sealed(1, "/runs/7", "digest", 1, 0, 8192, 4096, b"\0" * 8, 0.1, 0.2, 0.3, False),
         m.Sealed(1, "x", "handed over", 1, 0, 12288, 8192, b"\0" * 8, 0.1, 0.2, 0.3, True, 7, 4096),
         m.GaveUp(1, "/runs/7", ERROR),
+        m.CacheWants("file", b"\0" * 16),
+        m.CacheBegun(),
+        m.CacheSkipped("file", 0, 5),
+        m.CacheClaim(1, "file", 0, 5),
+        m.CacheDone(1, False),
+        m.CacheLeft(),
         m.Detach(),
     ],
     m.decode_daemon_message: [
@@ -29,6 +36,7 @@ SAMPLES = {
         m.SlotFreed(1, 0),
         m.Committed(1, "save"),
         m.Aborted(1, ERROR, True),
+        m.CacheAnswer(1, "read", 2, 0, 5),
         m.Fenced(ERROR),
     ],
     m.decode_task: [
