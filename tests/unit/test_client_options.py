@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.staging import (
     AsyncStager,
@@ -95,10 +96,6 @@ class OtherSavePlanner(dcp.DefaultSavePlanner):
     pass
 
 
-class OtherLoadPlanner(dcp.DefaultLoadPlanner):
-    pass
-
-
 def writer(**options) -> dcp.FileSystemWriter:
     return dcp.FileSystemWriter("/runs/7", **options)
 
@@ -121,7 +118,7 @@ def test_a_save_is_refused_for(save, options, told):
 BAD_LOADS = {
     "no id": ({}, "a call without an id"),
     "a URL": ({"checkpoint_id": "gs://bucket/step-7"}, "gs://bucket/step-7"),
-    "another planner": ({"checkpoint_id": "/runs/7", "planner": OtherLoadPlanner()}, "planner OtherLoadPlanner"),
+    "a planner for saving": ({"checkpoint_id": "/runs/7", "planner": OtherSavePlanner()}, "planner OtherSavePlanner"),
     "a writer": ({"storage_reader": writer()}, "storage_reader FileSystemWriter"),
 }
 
@@ -155,12 +152,6 @@ def taken(monkeypatch):
     return session
 
 
-def with_extensions() -> dcp.FileSystemWriter:
-    made = writer()
-    made.transforms.extensions = ["compress"]
-    return made
-
-
 class TestHandOvers:
     """What the daemon cannot do itself goes to a worker, with whatever shall do it."""
 
@@ -168,27 +159,47 @@ class TestHandOvers:
         "options",
         [
             {"storage_writer": OtherWriter("/runs/7")},
-            {"storage_writer": writer(single_file_per_rank=False)},
-            {"storage_writer": writer(serialization_format=SerializationFormat.SAFETENSORS)},
-            {"storage_writer": with_extensions()},
             {"checkpoint_id": "/runs/7", "planner": OtherSavePlanner()},
             {"checkpoint_id": "/runs/x/../7", "planner": OtherSavePlanner()},
         ],
     )
-    def test_a_planner_or_writer_of_another_kind_is_handed_over(self, taken, options):
+    def test_a_planner_or_writer_of_the_users_own_is_handed_over(self, taken, options):
         client.save(STATE, **options)
         handed_over = taken.request.hand_over
         assert handed_over.writer is options.get("storage_writer", handed_over.writer)
         assert handed_over.planner is options.get("planner", handed_over.planner)
         assert taken.request.checkpoint_id == "/runs/7"
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"single_file_per_rank": False},
+            {"serialization_format": SerializationFormat.SAFETENSORS},
+            {"_extensions": [ZStandard()]},
+        ],
+        ids=["many files", "another format", "an extension"],
+    )
+    @pytest.mark.parametrize("kind", [dcp.FileSystemWriter, client.FileSystemWriter], ids=["stock's", "ours"])
+    def test_another_form_of_files_is_written_by_our_own_writer(self, taken, kind, options):
+        client.save(STATE, storage_writer=kind("/runs/7", **options))
+        handed_over = taken.request.hand_over.writer
+        assert type(handed_over) is client.FileSystemWriter
+        assert handed_over.single_file_per_rank == options.get("single_file_per_rank", True)
+        assert len(handed_over.extensions) == len(options.get("_extensions", []))
+
     def test_the_daemons_own_way_needs_no_hand_over(self, taken):
         client.save(STATE, storage_writer=writer(), planner=dcp.DefaultSavePlanner())
         assert taken.request.hand_over is None
 
     def test_an_object_stores_id_is_kept_as_it_is(self, taken):
-        client.save(STATE, checkpoint_id="memory://bucket/a//b")
-        assert taken.request.checkpoint_id == taken.request.hand_over.checkpoint_id == "memory://bucket/a//b"
+        client.save(STATE, checkpoint_id="s3://bucket/a//b")
+        assert taken.request.checkpoint_id == taken.request.hand_over.checkpoint_id == "s3://bucket/a//b"
+
+    @pytest.mark.parametrize(
+        "options", [{"checkpoint_id": "memory://a"}, {"storage_writer": client.FsspecWriter("memory://a")}]
+    )
+    def test_memory_of_one_process_is_no_place_for_another_process_to_write(self, options):
+        assert "memory of one process" in refused(client.save, STATE, **options)
 
 
 class CastingStager(AsyncStager):

@@ -1,0 +1,44 @@
+"""The ``ckptd`` command: start the daemon, ask for its status, and look into checkpoints without it.
+
+Exit status: 0 done, 1 failed, not good or different, 2 wrong usage. What goes wrong is one line on stderr. A module for
+each command; what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ckptd.daemon.cli.output import complain
+from ckptd.protocol.errors import CkptdError
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``ckptd``."""
+    try:
+        status = _run(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
+    except CkptdError as error:
+        complain(error)
+        sys.exit(1)
+    except BrokenPipeError:  # `ckptd ls | head`
+        # Python flushes at its end once more. Source: docs.python.org, library/signal, "Note on SIGPIPE".
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> int | None:
+    """Run a command, and return its exit status unless it has ended the process by itself."""
+    if arguments[:1] == ["ls"] and not any(word.startswith("-") and word != "--json" for word in arguments):
+        paths = [word for word in arguments[1:] if word != "--json"]
+        if paths:  # nothing for typer to explain: its import would double the time; see listing
+            # No matrices are multiplied here; numpy's library would start a thread for each core.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+            from ckptd.daemon.cli.listing import list_paths
+
+            return list_paths(paths, as_json="--json" in arguments)
+    from ckptd.daemon.cli.app import app
+
+    app(prog_name="ckptd")
+    return None
