@@ -123,11 +123,11 @@ class Ranks(list):
 class Nursery:
     """Starts trainers; see support/nursery.py."""
 
-    def __init__(self, prefix=()):
+    def __init__(self, prefix=(), script="nursery.py"):
         self._line, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [*prefix, sys.executable, str(Path(__file__).with_name("nursery.py")), str(theirs.fileno())],
+                [*prefix, sys.executable, str(Path(__file__).with_name(script)), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 cwd="/",
