@@ -20,9 +20,13 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from ckptd.checkpoint.chunks import chunks_of
+from ckptd.checkpoint.chunks import shape_of, written_chunks_of
 from ckptd.checkpoint.stand_in import Piece, StagedShards, Stand
 from ckptd.protocol.errors import BadMessage, Unsupported
+
+# What a worker has of its own, and what differs from rank to rank: the worker plays them all.
+_WORKERS_OWN: Final = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"})
+_RANKS_OWN: Final = frozenset({"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"})
 
 # Every dtype's alignment divides it, and torch's own allocator aligns so.
 _ALIGNMENT_BYTES: Final = 64
@@ -81,8 +85,10 @@ def pack(save: UserSave) -> Packed:
     packed = Packed()
     buffer = io.BytesIO()
     try:
-        # Where its modules are found, and what relative paths are relative to, must be known before it is loaded.
-        pickle.dump((sys.path, os.getcwd()), buffer)
+        # Where its modules are found, what relative paths are relative to, and the keys of object stores, which stand
+        # in the environment: all must be known before it is loaded. The daemon may have been started by anybody.
+        environment = {name: value for name, value in os.environ.items() if name not in _WORKERS_OWN | _RANKS_OWN}
+        pickle.dump((sys.path, os.getcwd(), environment), buffer)
         _Pickler(buffer, packed).dump(save)
     except Unsupported:
         raise
@@ -114,12 +120,12 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # cloudpickle h
         return number, stand
 
     def _add(self, tensor: torch.Tensor) -> Stand:
-        chunks = chunks_of("a tensor that is handed over", tensor)
+        chunks = written_chunks_of("a tensor that is handed over", tensor)
         pieces = tuple(Piece(chunk.data.dtype, chunk.offsets, chunk.sizes) for chunk in chunks)
         self._packed.sources.extend(chunk.data for chunk in chunks)
         self._packed.pieces.extend(pieces)
         whole = type(tensor) in {torch.Tensor, torch.nn.Parameter}
-        return Stand(tuple(tensor.size()), tensor.dtype, tensor.requires_grad, whole, pieces)
+        return Stand(shape_of(tensor), tensor.dtype, tensor.requires_grad, whole, pieces)
 
 
 # --- in the worker -----------------------------------------------------------------------------------------------
@@ -137,7 +143,8 @@ def unpack(image: memoryview, code: memoryview) -> UserSave:
         Exception: Whatever the user's modules raise when they are imported.
     """
     file = io.BytesIO(code)
-    path, directory = pickle.load(file)
+    path, directory, environment = pickle.load(file)
+    os.environ.update(environment)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     os.chdir(directory)
     save = _Unpickler(file, image).load()

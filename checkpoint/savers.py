@@ -6,6 +6,7 @@ Source of the order of calls: the docstrings of torch.distributed.checkpoint's `
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from ckptd.checkpoint.handover import UserSave
 from ckptd.protocol.errors import CkptdError, UserCodeFailed
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -27,9 +30,19 @@ def save_all(saves: Sequence[UserSave], *, on_item: Callable[[int], None] = lamb
         on_item: Called with the number of items that writers have asked for so far.
 
     Raises:
-        UserCodeFailed: A planner or a writer failed; named with the rank and the call.
+        UserCodeFailed: A planner or a writer failed; named with the rank and the call. Every writer that has an
+            ``abort()`` has been called to remove what it wrote.
     """
     _Counter(on_item).count(saves)
+    try:
+        return _save_all(saves)
+    except BaseException:
+        for save in saves:
+            _abort(save)
+        raise
+
+
+def _save_all(saves: Sequence[UserSave]) -> Metadata:
     plans = [_local_plan(rank, save) for rank, save in enumerate(saves)]
     first = saves[0]
     plans, metadata = _call(0, first.planner, "create_global_plan", plans)
@@ -41,6 +54,16 @@ def save_all(saves: Sequence[UserSave], *, on_item: Callable[[int], None] = lamb
     results = [_guard(rank, saves[rank].writer, "write_data", done.wait) for rank, done in enumerate(writing)]
     _call(0, first.writer, "finish", metadata, results)
     return metadata  # type: ignore[no-any-return]
+
+
+def _abort(save: UserSave) -> None:
+    """Tell a writer that its save has failed, if it has an ear for it; DCP's protocol has no word, our writers do."""
+    abort = getattr(save.writer, "abort", None)
+    if abort is not None:
+        try:
+            abort()
+        except Exception:  # the user's code: the error that came first is the one to tell
+            logger.exception("%s.abort failed", type(save.writer).__name__)
 
 
 def _local_plan(rank: int, save: UserSave) -> SavePlan:

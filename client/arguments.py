@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager
@@ -14,6 +13,10 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from ckptd.checkpoint.items import BALANCED, LOWEST_RANK
 from ckptd.checkpoint.metadata import to_metadata
 from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.planners.save import DefaultSavePlanner
+from ckptd.checkpoint.planners.settings import save_settings
+from ckptd.checkpoint.storage.filesystem import FileSystemWriter
+from ckptd.checkpoint.storage.select import as_ours, local_path, writer_for
 from ckptd.client.handover import HANDED_OVER, HandOver, metadata_told
 from ckptd.client.session import SaveRequest
 from ckptd.protocol.errors import BadIndex, Unsupported
@@ -45,33 +48,46 @@ def save_request(
         Unsupported: Neither names a place.
     """
     checkpoint_id, storage_writer = writer
-    _check_kind("planner", planner, SavePlanner)
-    _check_kind("storage_writer", storage_writer, StorageWriter)
-    if (planner is None or is_default(planner)) and _is_native(checkpoint_id, storage_writer):
-        path = path_of(checkpoint_id, storage_writer, FileSystemWriter, "storage_writer")
-        flat = planner is not None and not planner.flatten_state_dict
-        lowest = planner is not None and planner.dedup_save_to_lowest_rank
-        overwrite = storage_writer is None or bool(storage_writer.overwrite)
-        settings = plan_settings(flat=flat, lowest=lowest)
-        return SaveRequest(path, settings, flat, overwrite, _read_metadata, background)
-    hand_over = _hand_over(checkpoint_id, storage_writer, planner)
-    return SaveRequest(_told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over)
+    check_kind("planner", planner, SavePlanner)
+    check_kind("storage_writer", storage_writer, StorageWriter)
+    if checkpoint_id is None and storage_writer is None:
+        raise Unsupported("a call without an id", "give checkpoint_id or storage_writer")
+    settings, known = save_settings(planner), _ours(storage_writer)
+    path = _native_path(checkpoint_id, known)
+    if settings is None or path is None:
+        hand_over = _hand_over(checkpoint_id, known, planner)
+        return SaveRequest(_told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over)
+    flat, lowest = not settings.flatten_state_dict, settings.dedup_save_to_lowest_rank
+    overwrite = not isinstance(known, FileSystemWriter) or known.overwrite
+    return SaveRequest(path, plan_settings(flat=flat, lowest=lowest), flat, overwrite, _read_metadata, background)
 
 
-def _check_kind(name: str, value: object, kind: type[Any]) -> None:
+def check_kind(name: str, value: object, kind: type[Any]) -> None:
+    """Refuse an argument of another kind than it must be. Raises Unsupported."""
     if value is not None and not isinstance(value, kind):
         raise Unsupported(f"{name} {type(value).__name__}", f"give a {kind.__name__}")
+
+
+def _ours(writer: StorageWriter | None) -> StorageWriter | None:
+    """Return our own form of one of stock's writers; any other as it is."""
+    if writer is None:
+        return None
+    try:
+        ours = as_ours(writer)
+    except Unsupported:
+        return writer  # somebody's own
+    return ours if isinstance(ours, StorageWriter) else writer
 
 
 def _hand_over(
     checkpoint_id: CheckpointId | None, writer: StorageWriter | None, planner: SavePlanner | None
 ) -> HandOver:
     text = None if checkpoint_id is None else _checked(os.fspath(checkpoint_id))
-    if writer is None:
-        if text is None:
-            raise Unsupported("a call without an id", "give checkpoint_id or storage_writer")
-        writer = writer_for(text)
-    return HandOver(text, planner or DefaultSavePlanner(), writer)
+    hand_over = HandOver(text, planner or DefaultSavePlanner(), writer or writer_for(text or ""))
+    if _told_as(hand_over).startswith("memory://"):
+        what = f"checkpoint id {_told_as(hand_over)!r}, which is memory of one process"
+        raise Unsupported(what, "the daemon's worker is another one; give a path or an object store's URL")
+    return hand_over
 
 
 def _told_as(hand_over: HandOver) -> str:
@@ -80,17 +96,20 @@ def _told_as(hand_over: HandOver) -> str:
     return text if "://" in text else os.path.abspath(text)
 
 
-def _is_native(checkpoint_id: CheckpointId | None, writer: StorageWriter | None) -> bool:
-    """Return whether the daemon's workers write what a writer would: a plain file-system checkpoint."""
-    if "://" in os.fspath(checkpoint_id or ""):
-        return False
+def _native_path(checkpoint_id: CheckpointId | None, writer: StorageWriter | None) -> str | None:
+    """Return the absolute path at which the daemon's workers write what the writer would; None if they cannot."""
     if writer is None:
-        return True
-    return type(writer) is FileSystemWriter and (
-        writer.single_file_per_rank
-        and writer.serialization_format is SerializationFormat.TORCH_SAVE
-        and not writer.transforms.extensions
-    )
+        path = local_path(_checked(os.fspath(checkpoint_id or "")))
+    elif type(writer) is FileSystemWriter and _is_plain(writer):
+        path = local_path(_checked(os.fspath(checkpoint_id or writer.path)))
+    else:
+        return None
+    return None if path is None else os.path.abspath(path)
+
+
+def _is_plain(writer: FileSystemWriter) -> bool:
+    one_file_per_rank = writer.single_file_per_rank and not writer.extensions
+    return one_file_per_rank and writer.serialization_format is SerializationFormat.TORCH_SAVE
 
 
 def plan_settings(*, flat: bool, lowest: bool) -> str:
@@ -116,15 +135,6 @@ def _checked(text: str) -> str:
     if not text or "\0" in text:
         raise Unsupported(f"checkpoint id {text!r}", "give the path of a directory, or a URL such as s3://bucket/key")
     return text
-
-
-def is_default(planner: SavePlanner) -> bool:
-    """Return whether a planner does what the daemon does without it; a subclass may do anything."""
-    return type(planner) is DefaultSavePlanner
-
-
-def writer_for(checkpoint_id: str) -> StorageWriter:
-    return FileSystemWriter(checkpoint_id)
 
 
 def stages_in_background(stager: AsyncStager | None) -> bool:

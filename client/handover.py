@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptd.checkpoint.handover import UserSave, offsets_of, pack
 from ckptd.checkpoint.stand_in import Piece
 from ckptd.client.layout import RankLayout
-from ckptd.client.snapshot import Snapshot, Structure, state_of
+from ckptd.client.snapshot import Snapshot, Source, Structure, state_of
 from ckptd.protocol.messages import Committed
 from ckptd.staging.arena import ALIGNMENT_BYTES
 from ckptd.staging.views import Placed
@@ -43,29 +43,28 @@ class HandOver:
 class HandOverSnapshot(Snapshot):
     """A look at a state dict that is handed over. ``sources`` are its tensors' pieces, and last the pickle."""
 
-    pieces: list[Piece]
+    pieces: list[Piece] = field(kw_only=True)
 
 
-def take_hand_over(
-    state_dict: Mapping[str, Any], hand_over: HandOver, *, capacities: Mapping[str, int]
-) -> HandOverSnapshot:
+def take_hand_over(state_dict: Mapping[str, Any], hand_over: HandOver, *, last: Snapshot | None) -> HandOverSnapshot:
     """Look at a state dict, and pickle all of it but the tensors, with the planner and the writer.
 
     Args:
         state_dict: What shall be saved.
         hand_over: By whom.
-        capacities: What was reserved for the pickle of the save before; kept where this one still fits.
+        last: The hand-over before this one: what it reserved for the pickle is kept where it still fits.
 
     Raises:
         Unsupported: Something cannot be pickled or staged.
     """
     save = UserSave(hand_over.checkpoint_id, hand_over.planner, hand_over.writer, state_of(state_dict))
     packed = pack(save)
-    capacity = capacities.get(_CODE, 0)
+    capacity = 0 if last is None else last.capacities[_CODE]
     if not len(packed.code) <= capacity <= 4 * (len(packed.code) + _STEP_BYTES):
         capacity = -(-(len(packed.code) * 5 // 4) // _STEP_BYTES) * _STEP_BYTES
     structure = (HANDED_OVER, tuple(packed.pieces), capacity)
-    return HandOverSnapshot(structure, {}, [*packed.sources, packed.code], {_CODE: capacity}, packed.pieces)
+    sources: list[Source] = [*packed.sources, packed.code]
+    return HandOverSnapshot(structure, [], [], [], sources, {_CODE: capacity}, pieces=packed.pieces)
 
 
 def make_hand_over_layout(structure: Structure, snapshot: HandOverSnapshot) -> RankLayout:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from typing_extensions import deprecated
 
 from ckptd.client.arguments import CheckpointId, is_users_stager, save_request, stages_in_background
+from ckptd.client.failures import as_checkpoint_failure
 from ckptd.client.futures import SaveFuture
 from ckptd.client.sessions import session_for
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageWriter
 
 
+@as_checkpoint_failure()
 def async_save(
     state_dict: dict[str, Any],
     *,
@@ -57,6 +60,7 @@ def async_save(
     return _save_staged_by(users_stager, state_dict, lambda staged: session.save(staged, request))
 
 
+@as_checkpoint_failure()
 def save(
     state_dict: dict[str, Any],
     *,
@@ -84,3 +88,32 @@ def _save_staged_by(
     if stager.should_synchronize_after_execute:
         stager.synchronize_staging()
     return future
+
+
+@deprecated(
+    "`save_state_dict` is deprecated and will be removed in future versions. Please use `save` instead.",
+    category=FutureWarning,
+)
+def save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save as :func:`save` does. Deprecated by torch; there for programs that still call it.
+
+    Args:
+        state_dict: See :func:`save`.
+        storage_writer: See there.
+        process_group: See there.
+        coordinator_rank: Changes nothing: daemons coordinate a save.
+        no_dist: See there.
+        planner: See there.
+    """
+    del coordinator_rank
+    storage_writer.reset()
+    return save(
+        state_dict, storage_writer=storage_writer, process_group=process_group, no_dist=no_dist, planner=planner
+    )

@@ -228,6 +228,9 @@ class Saves:
             )
             self.generations[key] = generation
             self._fail_for_absent(generation)
+        elif generation.rules.error is not None:
+            # Told already, but perhaps before this rank had begun the save, and so to nobody.
+            self._send(session, Aborted(message.sequence, generation.rules.error.report(), replan=True))
         return generation
 
     def _fail_for_absent(self, generation: Generation) -> None:

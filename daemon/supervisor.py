@@ -47,13 +47,23 @@ class Identity:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How workers of one job are run. ``silence_s``: a task without news for so long is given up."""
+    """How workers of one job are run.
+
+    Attributes:
+        count: Number of processes.
+        nice: Their niceness, once they have started.
+        attempts: How often work is begun that workers die of.
+        silence_s: A task without news for so long is given up.
+        identity: Whom they run as.
+        users_code: Whether they load torch, for users' own planners and writers.
+    """
 
     count: int
     nice: int
     attempts: int
     silence_s: float
     identity: Identity | None
+    users_code: bool = False
 
 
 @dataclass(eq=False)
@@ -79,7 +89,7 @@ class _WorkerProcess:
             who = {"user": identity.uid, "group": identity.gid, "extra_groups": list(identity.groups)}
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ckptd.daemon.worker", str(theirs.fileno()), str(settings.nice)],
+                _command(theirs.fileno(), settings),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env=_worker_environment(),
@@ -120,6 +130,11 @@ class _WorkerProcess:
             return int(self.process.wait(timeout=_REAP_TIMEOUT_S))
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
+
+
+def _command(descriptor: int, settings: WorkerSettings) -> list[str]:
+    command = [sys.executable, "-m", "ckptd.daemon.worker", str(descriptor), str(settings.nice)]
+    return [*command, "--users-code"] if settings.users_code else command
 
 
 def _worker_environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import logging
 import mmap
 import os
@@ -194,10 +195,16 @@ def _step_back(nice: int) -> None:
 
 
 def main() -> None:
-    """Serve tasks from the socket whose descriptor is the first argument; the second is the nice value."""
+    """Serve tasks from the socket whose descriptor is the first argument; the second is the nice value.
+
+    With ``--users-code`` torch is loaded before the worker steps back: among cores that are all taken it would take
+    minutes after that.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s worker %(process)d: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the daemon decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does a service manager's stop
+    if "--users-code" in sys.argv[3:]:
+        importlib.import_module("ckptd.daemon.handover")
     _step_back(int(sys.argv[2]))
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 

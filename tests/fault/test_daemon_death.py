@@ -61,7 +61,7 @@ def test_a_trainer_hears_of_a_killed_daemon_and_saves_with_a_new_one(runtime, tr
     trainer.do("future = dcp.async_save(state(value=3.0), checkpoint_id=path)", path=str(tmp_path / "a"))
     assert trainer.get("outcome(future)") == "committed"
     assert_holds(tmp_path / "a", value=3.0)
-    assert trainer.get("next(iter(dcp.api._sessions.values())).daemon_pid") != first
+    assert trainer.get("next(iter(dcp.sessions._sessions.values())).daemon_pid") != first
 
 
 @pytest.mark.parametrize("waiting_for", ["a plan", "a slot", "an arena"])

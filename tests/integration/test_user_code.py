@@ -2,12 +2,14 @@
 
 import pickle
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as stock
 from support.clients import stock_load
+from support.objectstore import KEYS, Bucket, s3_server
 from support.waiting import PATIENCE_S, wait_until
 from support.writers import Doubling, Failing, Lethal, PickleWriter, read_back
 
@@ -181,3 +183,37 @@ def test_a_daemon_that_runs_no_users_code_says_so_before_anything_is_staged(star
 def test_the_daemon_itself_never_loads_torch(daemon, client, tmp_path):
     client.save(state(), storage_writer=PickleWriter(tmp_path / "a"))
     assert "libtorch" not in Path(f"/proc/{daemon.pid}/maps").read_text()
+
+
+class TestObjectStores:
+    """An id that is a URL is written by a worker; the trainer's environment says how to get there, not the daemon's."""
+
+    @pytest.fixture
+    def bucket(self, daemon, monkeypatch):
+        import s3fs
+
+        with s3_server() as address:
+            for name, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
+                monkeypatch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            fs = s3fs.S3FileSystem()
+            name = f"b-{uuid.uuid4().hex}"
+            fs.call_s3("create_bucket", Bucket=name)
+            yield Bucket(fs, name)
+            s3fs.S3FileSystem.clear_instance_cache()
+
+    def test_a_checkpoint_goes_to_a_store_and_comes_back(self, bucket, client):
+        future = client.async_save(state(), checkpoint_id=f"{bucket.url}/run//7")
+        assert set(future.result(60).state_dict_metadata) == {"w", "nested.b", "nested.n"}
+        assert "run//7/.metadata" in bucket.objects()
+        found = {"w": torch.zeros(6), "nested": {"b": torch.zeros(2, dtype=torch.bfloat16), "n": 0}}
+        client.load(found, checkpoint_id=f"{bucket.url}/run//7")
+        assert torch.equal(found["w"], torch.arange(6.0))
+        assert found["nested"]["n"] == 7
+
+    def test_a_save_that_fails_leaves_nothing_there(self, bucket, client):
+        future = client.async_save(state(), checkpoint_id=f"{bucket.url}/run/7", planner=Failing("finish_plan"))
+        assert "no finish_plan today" in str(future.exception(60))
+        assert bucket.objects() == []
+        gone = client.async_save(state(), checkpoint_id="s3://no-such-bucket/7")
+        assert "no-such-bucket" in str(gone.exception(60))

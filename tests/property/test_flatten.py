@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 
-from ckptd.client.flatten import flatten, set_leaf
+from ckptd.client.flatten import flatten, outline_of, set_leaf
 from ckptd.protocol.errors import Unsupported
 
 keys = st.sampled_from(["a", "b", "a.b", "0", "1", "w"]) | st.integers(0, 1)
@@ -46,6 +46,27 @@ def test_names_paths_and_values_are_torchs(state_dict):
     assert list(ours) == list(theirs)
     assert {name: path for name, (path, _) in ours.items()} == paths
     assert all(ours[name][1] is value for name, value in theirs.items())
+
+
+def _names(state_dict):
+    try:
+        return [(name, path) for name, (path, _) in flatten(state_dict).items()]
+    except Unsupported:
+        return None
+
+
+@settings(max_examples=200, deadline=None)
+@given(state_dicts(keys), state_dicts(keys))
+def test_an_outline_finds_the_leaves_of_its_likes_and_of_nothing_else(one, other):
+    outline = outline_of(one)
+    if outline is None:
+        return
+    for state_dict in (one, copy.deepcopy(one), other):
+        found = outline.leaves_of(state_dict)
+        if found is not None and _names(one) is not None:
+            assert _names(state_dict) == _names(one)
+            assert all(a is b for a, (_, b) in zip(found, flatten(state_dict).values(), strict=True))
+    assert outline.leaves_of(one) is not None
 
 
 @settings(max_examples=50, deadline=None)

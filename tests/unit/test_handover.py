@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import OrderedDict
@@ -105,6 +106,16 @@ def test_modules_are_looked_for_where_the_trainer_found_them(monkeypatch, tmp_pa
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     unpack(memoryview(bytearray()), memoryview(packed.code))
     assert str(tmp_path) in sys.path
+
+
+def test_keys_of_object_stores_come_along_and_a_ranks_own_number_does_not(monkeypatch):
+    monkeypatch.setenv("AWS_TEST_KEY", "secret")
+    monkeypatch.setenv("RANK", "3")
+    packed = pack(save_of({}))
+    monkeypatch.delenv("AWS_TEST_KEY")
+    monkeypatch.setenv("RANK", "0")
+    unpack(memoryview(bytearray()), memoryview(packed.code))
+    assert (os.environ["AWS_TEST_KEY"], os.environ["RANK"]) == ("secret", "0")
 
 
 class TestStandIns:

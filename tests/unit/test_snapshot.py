@@ -12,12 +12,13 @@ import torch
 from support.meshes import as_rank, dtensor
 from torch.distributed.tensor import Shard
 
-from ckptd.client.snapshot import make_local_plan, object_bytes, state_of, take_snapshot
+from ckptd.client.snapshot import Snapshot, make_local_plan, object_bytes, state_of, take_snapshot
 from ckptd.protocol.errors import Unsupported
 
 
 def snap(state, capacities=None, *, flat=False):
-    return take_snapshot(state, capacities=capacities or {}, flat=flat)
+    last = Snapshot((), [], [], [], [], capacities) if capacities else None
+    return take_snapshot(state, last=last, flat=flat)
 
 
 def plan_of(state, capacities=None, *, flat=False) -> bytes:
@@ -211,3 +212,42 @@ def test_a_flat_look_takes_the_top_level_as_it_is():
 
 def test_devices_are_those_of_accelerators():
     assert snap({"w": W, "o": 1}).devices() == set()
+
+
+class TestASecondLook:
+    """It is shorter, and sees the same."""
+
+    @pytest.mark.parametrize("before", STATES.values(), ids=STATES)
+    @pytest.mark.parametrize("after", STATES.values(), ids=STATES)
+    def test_whatever_has_changed_is_seen(self, before, after):
+        last = snap(before).forget()
+        again, fresh = take_snapshot(after, last=last), snap(after, last.capacities)
+        assert again.structure == fresh.structure
+        assert again.names == fresh.names
+        assert [type(source) for source in again.sources] == [type(source) for source in fresh.sources]
+
+    def test_new_tensors_of_the_same_shape_are_the_ones_that_are_staged(self):
+        last = snap({"w": torch.zeros(3), "n": {"step": 1}}).forget()
+        new = torch.ones(3)
+        again = take_snapshot({"w": new, "n": {"step": 2}}, last=last)
+        assert again.structure is last.structure
+        assert again.sources[0].data_ptr() == new.data_ptr()
+        assert again.sources[1] == object_bytes(2)
+
+    def test_what_is_kept_for_it_holds_no_value(self):
+        last = snap({"w": torch.zeros(3), "o": [1, 2]}).forget()
+        assert (last.values, last.sources) == ([], [])
+
+    def test_a_tensor_that_became_sharded_is_seen(self):
+        last = snap({"w": torch.zeros(2, 3)}).forget()
+        with as_rank(0, 2):
+            sharded = {"w": dtensor(torch.zeros(1, 3), (2, 3), [Shard(0)], (2,))}
+            assert take_snapshot(sharded, last=last).structure == snap(sharded).structure != last.structure
+
+    @pytest.mark.parametrize(
+        "bad", [torch.ones(2, 3).to_sparse(), torch.ones(2, 3, device="meta")], ids=["sparse", "meta"]
+    )
+    def test_a_tensor_that_cannot_be_saved_is_refused_then_too(self, bad):
+        last = snap({"w": torch.zeros(2, 3)}).forget()
+        with pytest.raises(Unsupported, match="w: "):
+            take_snapshot({"w": bad}, last=last)
