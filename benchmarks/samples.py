@@ -51,11 +51,13 @@ class Pairs(Sample, frozen=True):
     """Figures of ckptd beside the machine's own.
 
     Attributes:
-        stall: `async_save`, staged in the call, and a memcpy of the same tensors into shared memory.
+        first_stall: The first `async_save` after `connect`, and a memcpy of the same tensors into shared memory.
+        stall: The later ones, staged in the call, and a memcpy of the same tensors into shared memory.
         persist: Staged to durable, and a raw O_DIRECT write of as many bytes.
         cold_load: A load from the disk, and a raw O_DIRECT read of the same files.
     """
 
+    first_stall: list[Pair]
     stall: list[Pair]
     persist: list[Pair]
     cold_load: list[Pair]

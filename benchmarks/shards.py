@@ -78,10 +78,10 @@ def rows_of(shape: tuple[int, int], tensors: int, rank: int, world_size: int) ->
 
 
 def columns_of(shape: tuple[int, int], tensors: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Return empty room for the columns that a rank of the job that loads holds."""
+    """Return room for the columns that a rank of the job that loads holds; touched, as a model's parameters are."""
     box = (slice(0, shape[0]), _sides(shape[1], rank, world_size))
     width = box[1].stop - box[1].start
-    return {f"layers.{n}": Part.of(shape, box, torch.zeros(shape[0], width)) for n in range(tensors)}
+    return {f"layers.{n}": Part.of(shape, box, torch.full((shape[0], width), -1.0)) for n in range(tensors)}
 
 
 def is_loaded(state: dict[str, torch.Tensor], shape: tuple[int, int], rank: int, world_size: int) -> bool:

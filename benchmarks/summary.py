@@ -90,6 +90,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tensors: int
     systems: dict[str, SystemSummary]
     limits: LimitsSummary
+    first_stall: Against
     stall: Against
     persist: Against
     cold_load: Against | None
@@ -124,6 +125,7 @@ def summarize(results: Sequence[Result], *, others_share: float) -> Summary:
         tensors=any_system.tensors,
         systems={name: _summarize_system(rounds) for name, rounds in by_system.items()},
         limits=_summarize_limits([result for result in results if isinstance(result, LimitsResult)]),
+        first_stall=_against([pair for found in pairs for pair in found.first_stall]),
         stall=_against([pair for found in pairs for pair in found.stall]),
         persist=_against([pair for found in pairs for pair in found.persist]),
         cold_load=_against(cold) if cold else None,

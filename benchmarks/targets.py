@@ -153,6 +153,18 @@ def _steadiness(run: Summary) -> list[Target]:
         ),
         Target(
             number=4,
+            what="the same, each by a memcpy just before it",
+            unit="memcpies",
+            ours=run.first_stall.slower,
+            stock=[],
+            limit=None,
+            ratio_of="first / later",
+            ratio=run.first_stall.slower / run.stall.slower,
+            relation="≤",
+            bound=1.3,
+        ),
+        Target(
+            number=4,
             what=f"resident memory, growth over {run.soak.saves[-1]} small saves",
             unit="bytes",
             ours=run.growth_bytes,

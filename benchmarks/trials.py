@@ -56,7 +56,7 @@ class Trial:
         self._name, self._system, self._directory, self._tell = name, system, directory, tell
         self._numbers = count()
         self._limits: PairedLimits | None = None
-        self._pairs = Pairs(stall=[], persist=[], cold_load=[])
+        self._pairs = Pairs(first_stall=[], stall=[], persist=[], cold_load=[])
 
     def run(self, scope: Scope) -> SystemResult:
         """Measure everything that applies to the system."""
@@ -70,7 +70,10 @@ class Trial:
             begun = time.perf_counter()
             self._system.open(state)
             open_s = time.perf_counter() - begun
+            first_limit_s = None if self._limits is None else self._limits.memcpy_s()
             [first] = self._saves(state, 1, "first save")
+            if first_limit_s is not None:
+                self._pairs.first_stall.append(Pair(ours_s=first.stall_s, limit_s=first_limit_s))
             steady = self._steady_saves(state, scope.saves)
             background = self._background_saves(state, scope.saves)
             peak_bytes, dirty_bytes = self._peak_memory(state) if scope.memory else (0, 0)

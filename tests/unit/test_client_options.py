@@ -242,7 +242,7 @@ class TestWhatIsTaken:
             {"storage_writer": writer()},
             {"storage_writer": dcp.FileSystemWriter("/elsewhere"), "checkpoint_id": "/runs/7"},
         ],
-        ids=str,
+        ids=["text", "a path", "a detour", "a writer", "a writer and an id"],
     )
     def test_an_id_is_an_absolute_path(self, taken, where):
         assert client.save(STATE, **where) == "metadata"
