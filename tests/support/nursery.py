@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ckptd.client as dcp
+from ckptd.protocol import crash_points
 
 _LENGTH = struct.Struct("<I")
 
@@ -106,6 +107,7 @@ def _be_a_trainer(connection, request):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["environment"])
+    crash_points.arm()
     for name in request["without"]:
         os.environ.pop(name, None)
     if request["uid"]:
