@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Final
 
 from ckptd.daemon.supervisor import Identity
@@ -26,11 +27,14 @@ class JobFiles:
     Args:
         root: The daemon's own directory on tmpfs.
         identity: Whom the directory belongs to; None is the daemon's own user.
+        on_made: Called when the directory has been made, before anything lies in it.
         directory: One that a daemon before us has made; "" makes a new one.
     """
 
-    def __init__(self, root: str, identity: Identity | None, directory: str = "") -> None:
-        self._root, self._identity = root, identity
+    def __init__(
+        self, root: str, identity: Identity | None, *, on_made: Callable[[], None], directory: str = ""
+    ) -> None:
+        self._root, self._identity, self._on_made = root, identity, on_made
         self._directory: str | None = directory or None
         self._lock: int | None = None
 
@@ -77,6 +81,7 @@ class JobFiles:
             except OSError as error:
                 raise SystemCallFailed("mkdir", self._root, error.errno or 0) from None
             self._directory = directory
+            self._on_made()
         return os.path.join(self._directory, name)
 
     def remove(self) -> None:

@@ -52,7 +52,7 @@ class Job:
         self.progress_timeout_s = context.config.progress_timeout_s
         self.pool: WorkerPool | None = None
         self._user_pool: WorkerPool | None = None
-        self.files = JobFiles(context.root, owner.identity, directory)
+        self.files = self._new_files(directory)
         self.saves = Saves(self, context)
         self.cache = NodeCache(self, context)
         self._retired: list[Session] = []  # ended sessions whose slots are still being written, or keep the last commit
@@ -76,6 +76,9 @@ class Job:
             self.progress_timeout_s = min(request.progress_timeout_s, self._context.config.progress_timeout_s)
         self.open_pool()
 
+    def _new_files(self, directory: str = "") -> JobFiles:
+        return JobFiles(self._context.root, self.owner.identity, on_made=self.write_down, directory=directory)
+
     def write_down(self) -> None:
         """Bring the journal up to date on the roster and the directory."""
         self.log.job(self.roster, uid=self.owner.uid, gid=self.owner.gid, directory=self.files.directory)
@@ -98,7 +101,6 @@ class Job:
 
     def open_arena(self, session: Session, arena: ArenaFile) -> None:
         """A session has got an arena."""
-        self.write_down()  # its directory may be new
         self.log.arena(session, arena)
         session.arenas[arena.number] = arena
         if not session.live:
@@ -267,7 +269,7 @@ class Job:
             for number in list(session.arenas):
                 self.give_up_arena(session, number)
         self._retired = []
-        files, self.files = self.files, JobFiles(self._context.root, self.owner.identity)
+        files, self.files = self.files, self._new_files()
         self.log.forget()
         await self.rest()
         files.remove()

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["embedded", "user", "system"]
 
-_TICK_S: Final = 1.0
+_TICK_S: Final = 1.0  # at most: more often where signs of life are asked for more often
 # A slot that keeps a committed image is free for whoever wants to stage.
 _SLOT_NAMES: Final = {state: state.name.lower() for state in SlotState} | {SlotState.RETAINED: "free"}
 _JOBS_REMEMBERED: Final = 64
@@ -206,10 +206,11 @@ class Daemon:
 
     async def _tick_for_ever(self) -> None:
         idle_since_s = last_s = time.monotonic()
+        tick_s = min(_TICK_S, self._config.heartbeat_s)
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(tick_s)
             now = time.monotonic()
-            late_s, last_s = now - last_s - _TICK_S, now
+            late_s, last_s = now - last_s - tick_s, now
             if late_s > _TICK_S:  # while we were stopped ourselves, nobody was silent
                 for job in self._all_jobs():
                     job.forgive(late_s)

@@ -83,7 +83,14 @@ def _serve(connection):
     """Run the pieces that come: ("do" or "get", source, variables)."""
     scope = {
         **{"dcp": dcp, "torch": torch, "dist": dist, "os": os, "signal": signal, "threading": threading},
-        **{"gc": gc, "time": time, "outcome": outcome, "state": state, "forbid_collectives": forbid_collectives},
+        **{
+            "crash_points": crash_points,
+            "gc": gc,
+            "time": time,
+            "outcome": outcome,
+            "state": state,
+            "forbid_collectives": forbid_collectives,
+        },
         **{"init_device_mesh": init_device_mesh, "distribute_tensor": distribute_tensor},
         **{"Shard": Shard, "Replicate": Replicate},
     }
