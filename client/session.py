@@ -29,6 +29,7 @@ from ckptd.protocol import messages
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
+    DaemonLost,
     DeadlineExceeded,
     SessionClosed,
     SlotTooSmall,
@@ -225,7 +226,7 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop()
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost))
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 

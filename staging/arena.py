@@ -262,6 +262,13 @@ class ArenaView:
             let_go(self._hold)
             self._descriptor = -1
 
+    def remove_file(self) -> None:
+        """Remove the arena's file, whose daemon is gone for good; where we may not, the next daemon does."""
+        path = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
+                os.unlink(path)
+
     def state(self, slot: int) -> SlotState:
         """Return a slot's state, as the daemon may have set it."""
         at = _STATES_OFFSET + slot * _STATE.size
