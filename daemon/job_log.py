@@ -120,7 +120,10 @@ class JobLog:
         key = self._key(generation)
         message = messages.encode(seal.message)
         record = SealRecord(**key, rank=rank, message=message, arena_path=seal.arena.path)
-        self._journal.put(self._generation(generation, "open"), record)
+        if generation.rules.error is not None:
+            self._journal.put(record)  # late: that the save has failed must stay written
+        else:
+            self._journal.put(self._generation(generation, "open"), record)
 
     def written(self, generation: Generation, rank: int) -> None:
         """A rank's image is durable."""

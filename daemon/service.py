@@ -238,7 +238,7 @@ class Daemon:
         self._adopted = [job for job in self._adopted if job.in_use]
         done = [key for key, job in self._jobs.items() if not job.in_use]
         for key in done[: max(0, len(self._jobs) - _JOBS_REMEMBERED)]:
-            del self._jobs[key]
+            self._jobs.pop(key).log.forget()
 
     # --- attach: daemon.attach.Host ------------------------------------------------------------------------------
 
