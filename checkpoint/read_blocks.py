@@ -23,10 +23,11 @@ def brings_every_block(begins: Int64, row_bytes: int) -> bool:
     """Return whether the disk brings all blocks from the first row to the last, whoever reads only the rows.
 
     Args:
-        begins: int64[R], where each row begins, in bytes, ascending.
+        begins: int64[R], where each row begins in the file, in bytes, ascending.
         row_bytes: Length of each.
     """
-    return len(begins) > 1 and int(np.diff(begins).max()) - row_bytes < BLOCK_BYTES
+    last = (begins[:-1] + (row_bytes - 1)) // BLOCK_BYTES
+    return len(begins) > 1 and bool((begins[1:] // BLOCK_BYTES - last <= 1).all())
 
 
 def whole_blocks(begins: Int64, ends: Int64) -> tuple[Int64, Int64]:

@@ -180,14 +180,19 @@ class DiskFile:
                     os.posix_fadvise(self._buffered, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
-        at = 0
-        for offset in begins.tolist():
-            row = target[at : at + row_bytes]
-            if self._preadv(self._buffered, [row], offset) != row_bytes:
-                self._read(offset, [row], row_bytes)
-            else:
-                self._count(row_bytes)
-            at += row_bytes
+        """Read rows by a call each; what is done besides for each of them shows."""
+        descriptor, at, whole = self._buffered, 0, 0
+        try:
+            for offset in begins.tolist():
+                row = target[at : at + row_bytes]
+                if os.preadv(descriptor, (row,), offset) == row_bytes:
+                    whole += 1
+                else:
+                    self._read(offset, [row], row_bytes)
+                at += row_bytes
+        except OSError as error:
+            raise SystemCallFailed("pread", self._path, error.errno or errno.EIO) from None
+        self._count(whole * row_bytes)
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -200,10 +200,10 @@ def _requests_of_rows(numbers: Sequence[int], wanted: Sequence[Read]) -> list[Re
     requests: list[Request] = []
     close: dict[str, list[int]] = {}
     for number in numbers:
-        rows, file, before = wanted[number].rows, wanted[number].file, len(requests)
-        requests += _of_rows(number, wanted[number])
-        if rows is not None and brings_every_block(rows.starts, rows.row_bytes):
-            close.setdefault(file, []).extend(range(before, len(requests)))
+        read, before = wanted[number], len(requests)
+        requests += _of_rows(number, read)
+        if read.rows is not None and brings_every_block(read.rows.starts + read.offset, read.rows.row_bytes):
+            close.setdefault(read.file, []).extend(range(before, len(requests)))
     for places in close.values():
         begins = np.array([requests[at].begin for at in places], np.int64)
         ends = np.array([requests[at].end for at in places], np.int64)

@@ -58,8 +58,8 @@ def load_into(
     begun, phases = time.perf_counter(), Phases("load", path)
     source = source or Disk()
     state = state_of(state_dict)
-    # It would look at every tensor again and again: 100,000 took three times as long to plan. One look beside the readers
-    # keeps them all waiting for the interpreter: 110 ms, three times as long as 350 MB took to copy.
+    # It would look at every tensor again and again: 100,000 took three times as long to plan. One look beside the
+    # readers keeps them all waiting for the interpreter: 110 ms, three times as long as 350 MB took to copy.
     with collector_paused():
         index = read_index(path)
         leaves = top_level(state) if flat else _leaves_of(state, index)
