@@ -25,6 +25,9 @@ from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile
 _ROUNDING_SHARE: Final = 1 / 64
 # Shorter rows are copied out of a mapping: a call for each costs 10 us, as much as copying these.
 _SHORT_ROW_BYTES: Final = 64 * 1024
+# The kernel cuts longer advice to what it reads ahead, 128 KiB unless told otherwise, or the disk's largest request;
+# what is missing then would come with its large block. Source: force_page_cache_ra().
+_ADVICE_BYTES: Final = 128 * 1024
 # One preadv takes so many targets. Source: limits.h, IOV_MAX.
 TARGETS_AT_MOST: Final = 1024
 
@@ -176,8 +179,8 @@ class DiskFile:
         """Have the disk begin with ranges."""
         with contextlib.suppress(OSError):  # advice that a file system may not know
             for begin, end in ranges:
-                if begin < end:
-                    os.posix_fadvise(self._buffered, begin, end - begin, os.POSIX_FADV_WILLNEED)
+                for at in range(begin, end, _ADVICE_BYTES):
+                    os.posix_fadvise(self._buffered, at, min(end - at, _ADVICE_BYTES), os.POSIX_FADV_WILLNEED)
 
     def _read_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
         """Read rows by a call each; what is done besides for each of them shows."""

@@ -30,7 +30,9 @@ class Rows:
 
     def note(self, begin, nbytes, advice):
         assert advice == os.POSIX_FADV_WILLNEED
-        self.asked.append((begin, begin + nbytes))
+        assert nbytes <= 128 * 1024  # the kernel would cut it to that
+        first = self.asked.pop()[0] if self.asked and self.asked[-1][1] == begin else begin
+        self.asked.append((first, begin + nbytes))
 
     def fill(self, begins, row_bytes, *, blocks):
         target = bytearray(len(begins) * row_bytes)
