@@ -366,7 +366,7 @@ class FileInMemory:
         self.read_bytes += end - begin
         return memoryview(self._content)[begin:end]
 
-    def fill_rows(self, begins, row_bytes, target):
+    def fill_rows(self, begins, row_bytes, target, *, blocks):
         target[:] = b"".join(self._content[at : at + row_bytes] for at in begins.tolist())
         self.read_bytes += len(target)
 
