@@ -3,7 +3,12 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench cross-version format clean
+# What some tests drive: strace, and file systems on loop devices. They skip, with the reason, where it is lacking.
+PROGRAMS := strace mkfs.xfs xfs_quota mkfs.btrfs mkfs.ext4
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs
+SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+.PHONY: demo test system-packages check bench cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -18,6 +23,14 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Debian's and Ubuntu's packages; nothing is asked of apt where all programs are there.
+system-packages:
+	@PATH="$$PATH:/usr/sbin:/sbin"; for program in $(PROGRAMS); do \
+	  command -v $$program >/dev/null || { echo "$$program is missing: installing $(PACKAGES)"; \
+	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
+	done
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
