@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
-from ckptd.checkpoint.system import named, preallocate
+from ckptd.checkpoint.system import closed_at_end, named, preallocate
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
 
@@ -86,7 +86,7 @@ def write_image(
     """
     _check_room(os.path.dirname(path), image.nbytes)
     descriptor, direct = _open(path)
-    try:
+    with closed_at_end(descriptor, path):
         preallocate(descriptor, image.nbytes, path)
         begun = time.perf_counter()
         writing = _Writing(path, descriptor, image, items, pace.chunk_bytes, on_progress)
@@ -99,8 +99,6 @@ def write_image(
         written = time.perf_counter()
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
-    finally:
-        os.close(descriptor)
     return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
 

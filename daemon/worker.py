@@ -22,8 +22,9 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
+from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.items import decode_plan
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
 from ckptd.checkpoint.write import Pace, Payloads, write_image
