@@ -50,14 +50,15 @@ def prepare_directory(directory: str) -> None:
         SystemCallFailed: It cannot be made, or not be made durable.
     """
     new_folders: list[str] = []
-    folder = os.path.dirname(directory)
+    parent = folder = os.path.dirname(directory)
     while not os.path.lexists(folder):
         new_folders.append(folder)
         folder = os.path.dirname(folder)
-    named("mkdir", directory, lambda: os.makedirs(directory, exist_ok=True))
+    named("mkdir", parent, lambda: os.makedirs(parent, exist_ok=True))
     for new in new_folders:
         sync_directory(os.path.dirname(new))
     named("stat", folder, lambda: _sync_names_above(os.path.realpath(folder)))
+    named("mkdir", directory, lambda: os.makedirs(directory, exist_ok=True))
 
 
 def _sync_names_above(folder: str) -> None:
