@@ -58,6 +58,7 @@ def prepare_directory(directory: str) -> None:
     for new in new_folders:
         sync_directory(os.path.dirname(new))
     named("stat", folder, lambda: _sync_names_above(os.path.realpath(folder)))
+    _durable.update(named("stat", parent, lambda: [_identity(new) for new in new_folders]))
     named("mkdir", directory, lambda: os.makedirs(directory, exist_ok=True))
 
 
