@@ -28,7 +28,7 @@ from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, set_aside
 from ckptd.checkpoint.planfile import StoredPlan
 from ckptd.checkpoint.system import named, rename_exchange, rename_new, sync_directory, write_file
-from ckptd.protocol.errors import SystemCallFailed
+from ckptd.protocol.errors import SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
 
     Raises:
         SystemCallFailed: A call failed; the id still shows what it showed before.
+        TruncatedFile: An image is shorter than its rank reported; the same.
     """
     index = complete_index(plan, task)
     metadata = encode_metadata(index, checkpoint_id=task.checkpoint_id, save_id=task.save_id)
@@ -166,8 +167,15 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
 
 
 def _images_bytes(directory: str, index: Index) -> int:
-    paths = [os.path.join(directory, name) for name in set(index.files)]
-    return sum(named("stat", path, partial(os.stat, path)).st_size for path in paths)
+    """Return the size of all images, once more: since its rank's report somebody may have removed one."""
+    total = 0
+    for name, end in zip(index.files, index.file_ends().tolist(), strict=True):
+        path = os.path.join(directory, name)
+        found = named("stat", path, partial(os.stat, path)).st_size
+        if found < end:
+            raise TruncatedFile(path, end, found)
+        total += found
+    return total
 
 
 def publish(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 
-import numpy as np
-
 from ckptd.checkpoint.commit import discard, remove_replaced, save_id_of
 from ckptd.checkpoint.names import METADATA_NAME, is_checkpoint_file, set_aside, split_hidden
 from ckptd.checkpoint.open import read_index
@@ -212,10 +210,8 @@ def _is_complete(directory: str) -> bool:
         index = read_index(directory)
     except CkptdError:
         return False
-    ends = np.zeros(len(index.files), np.int64)
-    np.maximum.at(ends, index.item_file, index.record_offset + index.record_bytes)
     try:
         sizes = [os.stat(os.path.join(directory, name)).st_size for name in index.files]
     except OSError:
         return False
-    return all(size >= end for size, end in zip(sizes, ends.tolist(), strict=True))
+    return all(size >= end for size, end in zip(sizes, index.file_ends().tolist(), strict=True))

@@ -105,7 +105,8 @@ def write_image(
 def _check_room(directory: str, wanted_bytes: int) -> None:
     volume = named("statvfs", directory, lambda: os.statvfs(directory))
     free = volume.f_bavail * volume.f_frsize
-    if free < wanted_bytes:
+    # A volume of no blocks at all does not tell: ramfs, and some that lie behind FUSE.
+    if volume.f_blocks and free < wanted_bytes:
         raise DiskFull(directory, wanted_bytes, free)
 
 

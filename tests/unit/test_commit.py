@@ -22,7 +22,7 @@ from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import StoredPlan, load_plan, store_plan
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.checkpoint.write import Pace, Payloads, write_image
-from ckptd.protocol.errors import SystemCallFailed
+from ckptd.protocol.errors import SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 
 PLANS = [
@@ -341,6 +341,19 @@ class TestAFailure:
         assert standing(checkpoint_id) == "save1"
         assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
         assert siblings(checkpoint_id) == ["step-7"]
+
+    @pytest.mark.parametrize("existing", [False, True])
+    @pytest.mark.parametrize("damage", ["gone", "short"])
+    def test_an_image_that_somebody_has_removed_is_never_published(self, plan, checkpoint_id, existing, damage):
+        if existing:
+            save(plan, checkpoint_id, seed=1)
+        task = write_images(plan, checkpoint_id, seed=2)
+        image = os.path.join(task.directory, "__1_0.distcp")
+        os.unlink(image) if damage == "gone" else os.truncate(image, 4096)
+        with pytest.raises(SystemCallFailed if damage == "gone" else TruncatedFile, match=r"__1_0\.distcp"):
+            commit(plan, task)
+        assert not existing or standing(checkpoint_id) == "save1"
+        assert existing == os.path.lexists(checkpoint_id)
 
     @pytest.mark.parametrize("existing", [False, True])
     @pytest.mark.parametrize("at", [1, 2])
