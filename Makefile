@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
 # What some tests drive: strace, and file systems on loop devices. They skip, with the reason, where it is lacking.
-PROGRAMS := strace mkfs.xfs xfs_quota mkfs.btrfs mkfs.ext4 chattr fuse2fs
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs
 PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
 

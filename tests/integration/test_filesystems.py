@@ -84,24 +84,19 @@ def kill_a_writing_worker(daemon, path):
     wait_gone(worker)
 
 
-def test_a_project_quota_is_named(mounts, daemon, client):
-    disk = mounts.loop("xfs", options="loop,prjquota")
-    folder = disk / "limited"
-    folder.mkdir()
-    mounts.quota(disk, folder, mib=4)
+def test_a_quota_is_named(mounts, daemon, client):
+    disk = mounts.loop("btrfs")
+    folder = mounts.quota(disk, mib=6)
     client.save(state(2), checkpoint_id=folder / "a")
-    error = client.async_save(state(8), checkpoint_id=folder / "a").exception(30)
-    assert error.code in {"disk_full", "system_call_failed"}
-    assert str(folder) in str(error)
-    assert_holds(folder / "a", mib=2)
-    # Old and new have room beside each other only if the quota has it.
-    error = client.async_save(state(3, 2.0), checkpoint_id=folder / "a").exception(30)
-    assert str(folder) in str(error)
-    assert_holds(folder / "a", mib=2)
-    assert [path.name for path in folder.iterdir()] == ["a"]
+    for mib in (8, 5):  # the second would fit alone, but not beside the old one
+        error = client.async_save(state(mib, 2.0), checkpoint_id=folder / "a").exception(30)
+        assert error.errno == errno.EDQUOT
+        assert str(folder) in error.path
+        assert_holds(folder / "a", mib=2)
+        wait_until(lambda: [path.name for path in folder.iterdir()] == ["a"], "no leftovers")
     client.save(state(8), checkpoint_id=disk / "b")
-    client.save(state(1, 2.0), checkpoint_id=folder / "a")
-    assert_holds(folder / "a", value=2.0)
+    client.save(state(1, 3.0), checkpoint_id=folder / "a")
+    assert_holds(folder / "a", value=3.0)
 
 
 def test_a_directory_in_which_nothing_may_be_made_is_named(daemon, client, tmp_path):

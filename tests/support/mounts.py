@@ -42,11 +42,11 @@ class Mounts:
         self._mount(target, "ramfs", f"mode={0o777:o}")
         return target
 
-    def loop(self, kind, *, options="loop"):
+    def loop(self, kind):
         """Return the path of a file system of a kind on a loop device: xfs, btrfs or ext4."""
         image = self._image(kind)
         target = self._directory / kind
-        self._mount(target, kind, options, device=image)
+        self._mount(target, kind, "loop", device=image)
         return target
 
     def fuse(self):
@@ -75,10 +75,13 @@ class Mounts:
         """Make a mounted path writable again."""
         self._run("mount", "-o", "remount,rw", str(target))
 
-    def quota(self, target, folder, *, mib):
-        """Limit a folder of an XFS that was mounted with ``prjquota``."""
-        for command in (f"project -s -p {folder} 7", f"limit -p bhard={mib}m 7"):
-            self._run("xfs_quota", "-x", "-c", command, str(target))
+    def quota(self, volume, *, mib):
+        """Make a folder on a btrfs that may hold only so much, and return its path."""
+        folder = volume / "limited"
+        self._run("btrfs", "quota", "enable", str(volume))
+        self._run("btrfs", "subvolume", "create", str(folder))
+        self._run("btrfs", "qgroup", "limit", f"{mib}M", str(folder))
+        return folder
 
     def _image(self, kind, *, name=None):
         """Make a file system in a sparse file. XFS takes no less than 300 MiB."""
