@@ -41,6 +41,8 @@ class RankRows:
 
     def true_bytes(self, object_bytes: bytes) -> Int64:
         """Return each item's length, with the objects' true ones put in. Raises BadMessage if they do not fit."""
+        if len(object_bytes) % 8:
+            raise BadMessage(f"lengths of objects in {len(object_bytes)} bytes")
         lengths = np.frombuffer(object_bytes, dtype="<i8")
         reserved = self.data_bytes[self.is_object]
         if len(lengths) != len(reserved) or (lengths < 0).any() or (lengths > reserved).any():
