@@ -8,7 +8,7 @@ PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs
 PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: demo test system-packages check bench cross-version format clean
+.PHONY: demo test system-packages fuzz check bench cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -31,6 +31,10 @@ system-packages:
 	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
 	done
+
+# A hundred times the damaged input of the tests, from another seed each time; a failure names the seed.
+fuzz: .venv/installed
+	CKPTD_FUZZ_SEED=$${SEED:-$$(date +%s)} CKPTD_FUZZ_COUNT=$${COUNT:-150000} $(BIN)/python -m pytest tests/fault/test_fuzz.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -230,8 +230,11 @@ def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable
 
 def save_id_of(checkpoint_id: str) -> str | None:
     """Return the name of the save that is published under an id, or None if it is none of ours."""
+    path = os.path.join(checkpoint_id, INDEX_NAME)
+    if not os.path.isfile(path):
+        return None  # and a pipe would keep us waiting
     try:
-        with safe_open(os.path.join(checkpoint_id, INDEX_NAME), framework="numpy") as index:
+        with safe_open(path, framework="numpy") as index:
             header = json.loads((index.metadata() or {}).get("header", "{}"))
     except (OSError, ValueError, RecursionError, SafetensorError):
         return None

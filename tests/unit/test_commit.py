@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
+from safetensors.numpy import save_file
 from support.images import aligned
 from support.plans import Held, local_plan, make_image, rows
 
@@ -242,6 +243,19 @@ class TestAnExistingCheckpoint:
         assert os.path.join(task.directory, "notes.txt") in synced
         assert synced[-1] == checkpoint_id  # of the late file, behind the parent's
         assert synced[-2] == os.path.dirname(checkpoint_id)
+
+    def test_a_pipe_in_place_of_its_index_keeps_nobody_waiting(self, plan, checkpoint_id):
+        os.mkdir(checkpoint_id)
+        os.mkfifo(os.path.join(checkpoint_id, ".ckptd"))
+        save(plan, checkpoint_id, seed=2)
+        assert standing(checkpoint_id) == "save2"
+
+    @pytest.mark.parametrize("header", ["[" * 100_000, "[]", "{", "7"])
+    def test_an_index_with_a_strange_header_is_none_of_ours(self, plan, checkpoint_id, header):
+        os.mkdir(checkpoint_id)
+        save_file({"x": np.zeros(1)}, os.path.join(checkpoint_id, ".ckptd"), metadata={"header": header})
+        save(plan, checkpoint_id, seed=2)
+        assert standing(checkpoint_id) == "save2"
 
     def test_an_empty_folder_becomes_the_checkpoint(self, plan, checkpoint_id, renames):
         os.mkdir(checkpoint_id)
