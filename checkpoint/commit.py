@@ -28,7 +28,7 @@ from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, set_aside
 from ckptd.checkpoint.planfile import StoredPlan
 from ckptd.checkpoint.system import named, rename_exchange, rename_new, sync_directory, write_file
-from ckptd.protocol.errors import SystemCallFailed, TruncatedFile
+from ckptd.protocol.errors import CheckpointExists, SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
         Size of the checkpoint in bytes.
 
     Raises:
+        CheckpointExists: The id has a checkpoint that must not be overwritten.
         SystemCallFailed: A call failed; the id still shows what it showed before.
         TruncatedFile: An image is shorter than its rank reported; the same.
     """
@@ -179,14 +180,30 @@ def _images_bytes(directory: str, index: Index) -> int:
 
 
 def publish(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
-    """Give a complete, durable directory its name, in one step; see the module's invariant."""
-    parent = os.path.dirname(checkpoint_id)
+    """Give a complete, durable directory its name, in one step; see the module's invariant.
+
+    Args:
+        directory: Where it lies, beside its name.
+        checkpoint_id: The name.
+        overwrite: Whether a checkpoint that has the name is replaced; a directory without one always is.
+
+    Raises:
+        CheckpointExists: There is one, and it must not be overwritten.
+        SystemCallFailed: A call failed; the id shows what it showed before.
+    """
     undo = _give_name(directory, checkpoint_id, overwrite=overwrite)
     try:
-        sync_directory(parent)
+        sync_directory(os.path.dirname(checkpoint_id))
     except SystemCallFailed:
-        undo()  # the new name is not durable, so the save fails, and the id shows what it showed before
+        _take_back(undo)  # the new name is not durable, so the save fails
         raise
+
+
+def _take_back(undo: Callable[[], object]) -> None:
+    try:
+        undo()
+    except (OSError, SystemCallFailed) as error:  # the id shows the new checkpoint, whole, or nothing for the moment
+        logger.warning("could not take a checkpoint's new name back: %s", error)
 
 
 def _give_name(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable[[], object]:
@@ -195,23 +212,27 @@ def _give_name(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callab
         if rename_new(directory, checkpoint_id):
             return partial(rename_new, checkpoint_id, directory)
     except SystemCallFailed as error:
-        if error.errno != errno.EEXIST or not overwrite:
+        if error.errno != errno.EEXIST:
             raise
-    return _replace(directory, checkpoint_id, overwrite=overwrite)
-
-
-def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable[[], object]:
-    exists = os.path.lexists(checkpoint_id)
-    if exists and not overwrite:
-        raise SystemCallFailed("rename", checkpoint_id, errno.EEXIST)
-    if not exists:
+    if not os.path.lexists(checkpoint_id):
         named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
         return partial(os.rename, checkpoint_id, directory)
     if not os.path.isdir(checkpoint_id) or os.path.islink(checkpoint_id):
         raise SystemCallFailed("rename", checkpoint_id, errno.ENOTDIR)
+    if not overwrite and has_checkpoint(checkpoint_id):
+        raise CheckpointExists(checkpoint_id)
     link_foreign(checkpoint_id, directory)
+    old, undo = _replace(directory, checkpoint_id)
+    if not overwrite and has_checkpoint(old):
+        _take_back(undo)  # somebody published between the look and the exchange: they were first
+        raise CheckpointExists(checkpoint_id)
+    return undo
+
+
+def _replace(directory: str, checkpoint_id: str) -> tuple[str, Callable[[], object]]:
+    """Give a directory the name that another has; return where that one is then, and what would take it back."""
     if rename_exchange(directory, checkpoint_id):
-        return partial(rename_exchange, directory, checkpoint_id)
+        return directory, partial(rename_exchange, directory, checkpoint_id)
     old = set_aside(directory)
     named("rename", checkpoint_id, lambda: os.rename(checkpoint_id, old))
 
@@ -223,9 +244,14 @@ def _replace(directory: str, checkpoint_id: str, *, overwrite: bool) -> Callable
     try:
         named("rename", checkpoint_id, lambda: os.rename(directory, checkpoint_id))
     except SystemCallFailed:
-        undo()
+        _take_back(undo)
         raise
-    return undo
+    return old, undo
+
+
+def has_checkpoint(path: str) -> bool:
+    """Return whether a directory holds a checkpoint."""
+    return os.path.lexists(os.path.join(path, METADATA_NAME))
 
 
 def save_id_of(checkpoint_id: str) -> str | None:

@@ -23,6 +23,8 @@ from support.strace import lines, traced
 from support.waiting import wait_until
 
 import ckptd.client
+from ckptd.checkpoint.leftovers import sweep
+from ckptd.checkpoint.names import split_hidden
 from ckptd.client import sessions
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EINTR")
@@ -255,3 +257,22 @@ def test_a_disk_that_refuses_every_sync(saving, tmp_path):
         wait_until(lambda: names(tmp_path) == ["a"], "no leftovers")
     assert_holds(path, value=old)
     assert_holds(path, value=saving.saved(path))
+
+
+def test_a_name_that_cannot_be_made_durable_is_taken_back(saving, tmp_path):
+    """Nobody knows then which of the two a power failure would leave under the id, so both stay until it is durable."""
+    path = tmp_path / "a"
+    old = saving.saved(path)
+    syncs = saving.count("fsync", over=True)
+    with traced(saving.worker, tmp_path / "calls.log", inject=[f"fsync:error=EIO:when={syncs}+"]):
+        _, future = saving.save(path)
+        error = future.exception(30)
+        wait_until(lambda: f"could not remove {tmp_path}/.a" in saving.daemon.log(), "the attempt to remove it")
+    assert (error.call, error.errno, error.path) == ("fsync", errno.EIO, str(tmp_path))
+    assert_holds(path, value=old)
+    [hidden] = [name for name in names(tmp_path) if name != "a"]
+    _, save_id, _ = split_hidden(str(tmp_path / hidden))
+    assert sweep(str(tmp_path), {save_id}).removed == [str(tmp_path / hidden)]
+    assert_holds(path, value=old)
+    assert_holds(path, value=saving.saved(path))
+    assert names(tmp_path) == ["a"]

@@ -23,7 +23,7 @@ from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import StoredPlan, load_plan, store_plan
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.checkpoint.write import Pace, Payloads, write_image
-from ckptd.protocol.errors import SystemCallFailed, TruncatedFile
+from ckptd.protocol.errors import CheckpointExists, SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 
 PLANS = [
@@ -264,10 +264,31 @@ class TestAnExistingCheckpoint:
 
     def test_it_is_kept_where_overwriting_is_forbidden(self, plan, checkpoint_id, renames):
         save(plan, checkpoint_id, seed=1)
-        with pytest.raises(SystemCallFailed) as caught:
-            save(plan, checkpoint_id, seed=2, overwrite=False)
-        assert (caught.value.errno, caught.value.path) == (errno.EEXIST, checkpoint_id)
+        task = write_images(plan, checkpoint_id, seed=2, overwrite=False)
+        with pytest.raises(CheckpointExists, match=checkpoint_id):
+            commit(plan, task)
         assert standing(checkpoint_id) == "save1"
+        discard_save(task.directory)
+        assert siblings(checkpoint_id) == ["step-7"]
+
+    def test_one_that_appears_at_the_last_moment_is_kept_too(self, plan, checkpoint_id, renames, monkeypatch):
+        save(plan, checkpoint_id, seed=1)
+        task = write_images(plan, checkpoint_id, seed=2, overwrite=False)
+        answers, real = iter([False]), commit_module.has_checkpoint  # as it was a moment ago
+        monkeypatch.setattr(commit_module, "has_checkpoint", lambda path: next(answers, real(path)))
+        with pytest.raises(CheckpointExists):
+            commit(plan, task)
+        assert standing(checkpoint_id) == "save1"
+        discard_save(task.directory)
+        assert siblings(checkpoint_id) == ["step-7"]
+
+    def test_a_folder_without_a_checkpoint_needs_no_leave_to_overwrite(self, plan, checkpoint_id, renames):
+        """As in stock: what must not be overwritten is a checkpoint."""
+        os.mkdir(checkpoint_id)
+        (Path(checkpoint_id) / "notes.txt").write_text("mine")
+        save(plan, checkpoint_id, seed=1, overwrite=False)
+        assert standing(checkpoint_id) == "save1"
+        assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
 
     def test_a_first_save_needs_no_leave_to_overwrite(self, plan, checkpoint_id, renames):
         save(plan, checkpoint_id, seed=1, overwrite=False)
