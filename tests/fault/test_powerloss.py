@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 from support.nursery import state
 from support.powerloss import Recording, Rename, Sync, Write, record, snapshot
+from support.sabotage import sabotage
 from support.savedsteps import RecordedSave
 from support.strace import lines, traced
 from support.waiting import wait_until
@@ -21,9 +22,13 @@ KINDS = {
     "first": {},
     "first in new folders": {"folders": "x/y"},
     "first, its last sync fails": {"inject": ["fsync:error=EIO:when=5"], "fails": True},
+    "first in new folders, whose maker dies": {"folders": "x/y", "dies": "before_sync"},
     "over": {"over": True},
     "over a user's files": {"over": True, "foreign": True},
     "over, no exchange of names": {"over": True, "inject": ["renameat2:error=EINVAL"]},
+    "over, its worker dies": {"over": True, "dies": "before_publish"},
+    "over, its worker dies in the middle of the exchange": {"over": True, "dies": "after_exchange"},
+    "over, its worker dies behind it": {"over": True, "foreign": True, "dies": "after_publish"},
     "over, its last sync fails": {"over": True, "inject": ["fsync:error=EIO:when=6"], "fails": True},
 }
 
@@ -34,7 +39,12 @@ def recorded(start_daemon, client, tmp_path):
 
     def make(kind):
         options = KINDS[kind]
-        daemon = start_daemon(write_threads=2, write_chunk_bytes=256 << 10)
+        environment, dead = {}, None
+        if moment := options.get("dies"):
+            environment = sabotage(tmp_path, moment, times=1)
+            dead = tmp_path / f"sabotage-{moment}" / "died-0"
+            dead.touch()  # not yet
+        daemon = start_daemon(write_threads=2, write_chunk_bytes=256 << 10, environment=environment)
         root, log = tmp_path / "root", tmp_path / "calls.log"
         path = root / options.get("folders", "") / "a"
         client.save(state(), checkpoint_id=root / "warm")
@@ -47,10 +57,13 @@ def recorded(start_daemon, client, tmp_path):
         [worker] = daemon.workers()
         save = RecordedSave(str(path), snapshot(root), fails=options.get("fails", False))
         save.keep_contents(save.steps.before)
-        with traced(worker, log, inject=options.get("inject", [])):
+        if dead:
+            dead.unlink()
+        with traced([worker, daemon.pid], log, inject=options.get("inject", [])):
             error = client.async_save(state(value=2.0), checkpoint_id=path).exception(30)
             assert (error is not None) is save.fails, error
             wait_until(lambda: not list(root.rglob(".*.ckptd-*")), "no leftovers")
+        assert dead is None or dead.exists()
         save.take(record(save.steps, [text for _, text in lines(log)]))
         return save
 
@@ -75,6 +88,8 @@ def test_no_power_failure_tears_a_checkpoint(recorded, kind):
     [
         *[("first", name) for name in ("__0_0.distcp", ".ckptd", ".metadata", "hidden", "root")],
         *[("first in new folders", name) for name in ("root", "x", "y")],
+        *[("first in new folders, whose maker dies", name) for name in ("root", "x", "y")],
+        ("over, its worker dies in the middle of the exchange", "root"),
         *[("over", name) for name in ("__0_0.distcp", ".ckptd", ".metadata", "hidden", "root")],
         *[("over a user's files", name) for name in ("hidden", "logs", "root")],
         ("over, no exchange of names", "root"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -20,11 +21,11 @@ FILE_CALLS = (
 
 
 @contextmanager
-def traced(pid, log, *, calls=FILE_CALLS, inject=()):
-    """Trace all threads of a process, those too that it starts meanwhile; it runs on when the block ends.
+def traced(pids, log, *, calls=FILE_CALLS, inject=()):
+    """Trace processes, with all threads and processes that they start meanwhile; they run on when the block ends.
 
     Args:
-        pid: The process.
+        pids: The process, or several.
         log: File for the calls, one per line.
         calls: Names of the calls that are told.
         inject: What fails, as ``strace -e inject=`` takes it; a count (``when=``) is of each thread's calls.
@@ -32,18 +33,27 @@ def traced(pid, log, *, calls=FILE_CALLS, inject=()):
     if shutil.which("strace") is None:
         unavailable("strace is not installed (make system-packages)")
     options = [f"--inject={fault}" for fault in inject]
-    command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), f"--trace={calls}", *options, "-p", str(pid)]
-    tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pids = [pids] if isinstance(pids, int) else pids
+    attached = [part for pid in pids for part in ("-p", str(pid))]
+    command = ["strace", "-f", "-y", "-s", "0", "-o", str(log), f"--trace={calls}", *options, *attached]
+    tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        wait_readable(tracer.stderr, "strace to attach")
-        first = tracer.stderr.readline()
-        if "attached" not in first:
-            unavailable(f"strace cannot attach: {first.strip()}")
+        _wait_attached(tracer, pids)
         yield
     finally:
         tracer.send_signal(signal.SIGTERM)
         tracer.wait(PATIENCE_S)
         tracer.stderr.close()
+
+
+def _wait_attached(tracer, pids):
+    said = b""
+    while not all(f"Process {pid} attached".encode() in said for pid in pids):
+        wait_readable(tracer.stderr, "strace to attach")
+        part = os.read(tracer.stderr.fileno(), 1 << 16)
+        said += part
+        if not part or b"attach:" in said:
+            unavailable(f"strace cannot attach: {said.decode(errors='replace').strip()}")
 
 
 def lines(log):
