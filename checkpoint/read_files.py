@@ -122,7 +122,8 @@ class DiskFile:
         self._lock = threading.Lock()
         self._direct: int | None = None
         try:
-            self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # To open a pipe that lies in a file's place would wait for its writer; files do not mind the flag.
+            self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise MissingFile(path) from None
         except OSError as error:

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
-from ckptd.checkpoint.system import named, preallocate
+from ckptd.checkpoint.system import closed_at_end, named, preallocate
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
@@ -88,7 +88,7 @@ def write_image(
     _check_room(os.path.dirname(path), image.nbytes)
     descriptor, direct = _open(path)
     reach(CrashPoint.WORKER_FILE_OPENED)
-    try:
+    with closed_at_end(descriptor, path):
         preallocate(descriptor, image.nbytes, path)
         begun = time.perf_counter()
         writing = _Writing(path, descriptor, image, items, pace.chunk_bytes, on_progress)
@@ -102,8 +102,6 @@ def write_image(
         reach(CrashPoint.WORKER_WRITTEN)
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
-    finally:
-        os.close(descriptor)
     reach(CrashPoint.WORKER_FSYNCED)
     return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
@@ -111,7 +109,8 @@ def write_image(
 def _check_room(directory: str, wanted_bytes: int) -> None:
     volume = named("statvfs", directory, lambda: os.statvfs(directory))
     free = volume.f_bavail * volume.f_frsize
-    if free < wanted_bytes:
+    # A volume of no blocks at all does not tell: ramfs, and some that lie behind FUSE.
+    if volume.f_blocks and free < wanted_bytes:
         raise DiskFull(directory, wanted_bytes, free)
 
 

@@ -22,15 +22,17 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
+from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.items import decode_plan
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.daemon.generation import RANKS_SUFFIX
 from ckptd.protocol import messages
 from ckptd.protocol.crash_points import CrashPoint, reach
-from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
+from ckptd.protocol.errors import BadMessage, CkptdError, UnexpectedError
 from ckptd.protocol.messages import (
     CommitDone,
     CommitTask,
@@ -72,19 +74,15 @@ class _Arenas:
 
     def view(self, path: str) -> memoryview:
         """Return the arena's bytes, read-only. Raises SystemCallFailed."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SystemCallFailed("open", path, error.errno or 0) from None
-        try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = named("open", path, lambda: os.open(path, flags))
+        with closed_at_end(descriptor, path):
             inode = os.fstat(descriptor).st_ino
             known = self._views.get(path)
             if known is None or known[0] != inode:
                 self._forget_deleted()
-                memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                memory = named("mmap", path, lambda: mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
                 self._views[path] = known = (inode, memoryview(memory))
-        finally:
-            os.close(descriptor)
         return known[1]
 
     def _forget_deleted(self) -> None:

@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
+Sequence = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # numbers the saves of a session
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -121,7 +122,7 @@ class Propose(Message, frozen=True, tag="propose"):
     With ``dry`` set nothing is saved: the plan is made ahead of the first save.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     plan: bytes
@@ -134,7 +135,7 @@ class Sealed(Message, frozen=True, tag="sealed"):
     The same bytes stand in the slot's control area, so that a seal outlives a trainer that dies before sending.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     arena: int
@@ -153,7 +154,7 @@ class Sealed(Message, frozen=True, tag="sealed"):
 class GaveUp(Message, frozen=True, tag="gave_up"):
     """A rank will not stage its part of this save."""
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     error: ErrorReport
 
