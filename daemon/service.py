@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.daemon.admission import Admission
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.http import HttpServer, start_http
@@ -44,7 +45,7 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
-from ckptd.staging.arena import create_arena
+from ckptd.staging.arena import arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._job_of: dict[Session, Job] = {}
         self._sessions: dict[bytes, Session] = {}
@@ -238,16 +240,17 @@ class Daemon:
         return session, attached
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
         job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
-        descriptor = await asyncio.to_thread(
-            create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner
-        )
+        with self._admission.reserve(path, arena_bytes(request.slots, request.slot_bytes), pid=session.peer.pid):
+            descriptor = await asyncio.to_thread(
+                create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner
+            )
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
         session.arenas[number] = arena
         if not session.live:

@@ -7,6 +7,8 @@ import pytest
 from support.clients import assert_holds
 from support.mounts import need_root
 from support.nursery import state
+from support.trainers import Ranks
+from support.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -56,6 +58,31 @@ def test_connect_says_at_once_that_the_arena_does_not_fit(mounts, start_daemon, 
     with pytest.raises(RuntimeError, match="shared memory"):
         client.connect(state(mib=8))
     client.connect(slot_bytes=MIB)
+
+
+def test_of_two_ranks_that_ask_at_once_for_room_for_one_exactly_one_is_served(mounts, start_daemon, trainers):
+    shm = mounts.tmpfs(mib=16, name="shm")
+    daemon = start_daemon(shm_dir=str(shm))
+    ranks = Ranks(trainers.start() for _ in range(2))
+    for attempt in range(5):
+        ranks.do(
+            "refused = None\n"
+            "try:\n"
+            "    session = dcp.connect(job=job, rank=rank, world_size=2, slots=2, slot_bytes=6 << 20)\n"
+            "except dcp.errors.ShmTooSmall as error:\n"
+            "    refused = str(error)\n",
+            job=f"job-{attempt}",
+        )
+        [refused] = [text for text in ranks.get("refused") if text is not None]
+        assert f"needs {12 * MIB + 4096} bytes" in refused
+        ranks.do("if refused is None:\n    session.close()")
+        wait_until(lambda: not list(daemon.runtime.arenas.rglob("*.arena")), "the end of the one that was made")
+
+
+def test_memory_that_is_kept_in_reserve_is_not_given_to_arenas(start_daemon, client):
+    start_daemon(memory_reserve_fraction=0.999)
+    with pytest.raises(RuntimeError, match=r"MemAvailable.* leaves 0 free; .*bytes kept in reserve"):
+        client.connect(slot_bytes=MIB)
 
 
 def test_a_full_disk_is_named_with_its_numbers_and_nothing_is_left(mounts, daemon, client, tmp_path):
