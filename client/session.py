@@ -22,6 +22,7 @@ from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
 from ckptd.client.logging_handlers import note
+from ckptd.client.room import VolumeClaim, claim_room
 from ckptd.client.slots import OnBusy, Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.protocol import messages
@@ -115,6 +116,7 @@ class _Save:
     snapshot: Snapshot | None = None
     committed: list[Committed] = field(default_factory=list)  # what the daemon told, once it is
     plan_s: float = 0.0
+    claim: VolumeClaim | None = None  # the room that it takes on its volume
     assigned: Future[Assigned] = field(default_factory=Future)
 
 
@@ -306,6 +308,7 @@ class Session:
         snapshot = save.snapshot
         assert snapshot is not None
         layout = self._layout_for(save)
+        self._claim_room(save, layout)
         self._make_room(layout)
         save.plan_s = time.monotonic() - save.begun_s
         note("save", "plan", save.future.checkpoint_id, self.identity.rank, save.plan_s)
@@ -403,8 +406,17 @@ class Session:
             assigned = save.assigned.result(timeout=2 * self.options.progress_timeout_s)
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
-        self._layout = layout = make_rank_layout(structure, digest, plan, assigned.assigned)
+        self._layout = layout = make_rank_layout(
+            structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes
+        )
         return layout
+
+    def _claim_room(self, save: _Save, layout: RankLayout) -> None:
+        """Refuse a save that its volume has no room for, before a byte is staged."""
+        if save.request.hand_over is None:
+            others = [other.claim for other in list(self._saves.values()) if other.claim is not None]
+            marks = f"-{self.incarnation}-{save.sequence}-"
+            save.claim = claim_room(save.request.checkpoint_id, marks, layout.job_bytes, others)
 
     def _make_room(self, layout: RankLayout) -> None:
         if layout.slot_bytes <= self._slots.slot_bytes:

@@ -297,7 +297,8 @@ class Saves:
         plan = generation.plan
         session = self._crew.sessions.get(rank)
         if plan is not None and session is not None:
-            self._send(session, Assigned(generation.sequence, plan.digests[rank], plan.done.assigned[rank]))
+            mine, job_bytes = plan.done.assigned[rank], sum(plan.image_bytes)
+            self._send(session, Assigned(generation.sequence, plan.digests[rank], mine, job_bytes))
 
     async def _write(self, generation: Generation, rank: int) -> None:
         """Have a rank's image written."""

@@ -204,6 +204,7 @@ class Assigned(Message, frozen=True, tag="assigned"):
     sequence: int
     digest: Name
     assigned: bytes
+    job_bytes: NBytes = 0  # size of the images of all ranks
 
 
 class Progress(Message, frozen=True, tag="progress"):

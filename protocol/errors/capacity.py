@@ -80,6 +80,10 @@ class DiskFull(CapacityError):
     path: str
     wanted_bytes: int
     free_bytes: int
+    promised_bytes: int = 0  # to saves that are under way, so not in ``free_bytes``
+    rule: str = ""  # whose quota it is; "" is the volume itself
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.wanted_bytes} bytes wanted, {self.free_bytes} free; free space and save again"
+        where = f"{self.path} ({self.rule})" if self.rule else self.path
+        others = f" beside {self.promised_bytes} for saves under way" if self.promised_bytes else ""
+        return f"{where}: {self.wanted_bytes} bytes wanted, {self.free_bytes} free{others}; free space and save again"

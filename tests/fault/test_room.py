@@ -7,6 +7,7 @@ import pytest
 from support.clients import assert_holds
 from support.mounts import need_root
 from support.nursery import state
+from support.processes import stopped
 from support.trainers import Ranks
 from support.waiting import wait_until
 
@@ -99,6 +100,61 @@ def test_a_full_disk_is_named_with_its_numbers_and_nothing_is_left(mounts, daemo
     assert_holds(disk / "old")
 
 
+def test_a_full_disk_is_refused_before_anything_is_staged(mounts, daemon, client, tmp_path):
+    disk = mounts.tmpfs(mib=4, name="disk")
+    cause, text = failed(client, disk / "deep" / "er" / "new", mib=8)
+    assert cause == "disk_full"
+    assert f"{disk}: " in text
+    assert list(daemon.runtime.arenas.rglob("*.arena")) == []
+    assert list(disk.iterdir()) == []
+
+
+def test_saves_that_are_not_written_yet_count(mounts, daemon, client, tmp_path):
+    disk = mounts.tmpfs(mib=20, name="disk")
+    client.connect(slots=4)
+    client.save(state(8), checkpoint_id=tmp_path / "elsewhere")
+    with stopped(*daemon.workers()):
+        sealed = [client.async_save(state(8), checkpoint_id=disk / name) for name in "ab"]
+        client.async_save(state(8), checkpoint_id=tmp_path / "other").staging_completion.result(20)
+        cause, text = failed(client, disk / "c", mib=8)
+        assert cause == "disk_full"
+        assert re.search(r"8\d{6} bytes wanted, 4\d{6} free beside 16\d{6} for saves under way", text)
+    for future in sealed:
+        future.result(20)
+    client.save(state(2, 2.0), checkpoint_id=disk / "c")  # what is written is not counted twice
+    assert_holds(disk / "c", mib=2, value=2.0)
+
+
+def test_an_overwrite_needs_room_for_the_old_and_the_new(mounts, daemon, client):
+    disk = mounts.tmpfs(mib=12, name="disk")
+    client.save(state(8), checkpoint_id=disk / "a")
+    assert failed(client, disk / "a", mib=8, value=2.0)[0] == "disk_full"
+    assert_holds(disk / "a", mib=8)
+
+
+def test_the_images_of_all_ranks_count_and_all_are_refused_alike(mounts, daemon, trainers):
+    disk = mounts.tmpfs(mib=8, name="disk")
+    ranks = trainers.job(2)
+    save = "future = dcp.async_save({f'w{rank}': torch.ones(6 << 18)}, checkpoint_id=path)"
+    ranks.do(save, path=str(disk / "a"))
+    errors = ranks.get("outcome(future)")
+    assert errors[0] == errors[1]
+    assert re.search(rf"{disk}: 125\d{{5}} bytes wanted, 8\d{{6}} free", errors[0])
+    assert list(disk.iterdir()) == []
+
+
+def test_a_rank_that_comes_late_counts_what_the_others_have_written_once(mounts, daemon, trainers):
+    disk = mounts.tmpfs(mib=16, name="disk")
+    ranks = trainers.job(2)
+    save = "future = dcp.async_save({f'w{rank}': torch.ones(6 << 18)}, checkpoint_id=path)"
+    ranks.do(save, path=str(disk.parent / "elsewhere"))
+    assert ranks.get("outcome(future)") == ["committed"] * 2
+    ranks[0].do(save, path=str(disk / "a"), rank=0)
+    daemon.wait_for_save(disk / "a", lambda found: found["bytes_done"] > 6 * MIB)
+    ranks[1].do(save, path=str(disk / "a"), rank=1)
+    assert ranks.get("outcome(future)") == ["committed"] * 2
+
+
 def test_a_disk_that_fills_up_on_the_way_fails_the_overwrite_and_keeps_the_old(mounts, daemon, client, tmp_path):
     disk = mounts.tmpfs(mib=8, name="disk")
     client.save(state(2), checkpoint_id=disk / "a")
@@ -110,6 +166,29 @@ def test_a_disk_that_fills_up_on_the_way_fails_the_overwrite_and_keeps_the_old(m
     (disk / "ballast").unlink()
     client.save(state(2, 3.0), checkpoint_id=disk / "a")
     assert_holds(disk / "a", mib=2, value=3.0)
+
+
+def test_blocks_that_cannot_be_reserved_are_told_by_the_worker_and_nothing_is_left(
+    mounts, start_daemon, client, tmp_path, monkeypatch
+):
+    """The disk filled up after everybody had looked: the looks are taken away here."""
+    disk = mounts.tmpfs(mib=4, name="disk")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'ckptd.daemon.worker' in sys.orig_argv:\n"
+        "    import ckptd.checkpoint.write as write\n"
+        "    write._check_room = lambda directory, wanted_bytes: None\n"
+    )
+    monkeypatch.setattr("ckptd.client.session.claim_room", lambda *_: None)
+    daemon = start_daemon(environment={"PYTHONPATH": str(tmp_path / "site")})
+    cause, text = failed(client, disk / "a", mib=8)
+    assert cause == "system_call_failed"
+    assert re.search(rf"fallocate {disk}/\.a\.ckptd-.*/__0_0.distcp: No space left on device \(errno 28\)", text)
+    daemon.wait_for_save(disk / "a", lambda save: save["state"] == "failed")
+    wait_until(lambda: list(disk.iterdir()) == [], "the removal of what was written")
+    client.save(state(1), checkpoint_id=disk / "a")
+    assert_holds(disk / "a")
 
 
 @pytest.mark.parametrize("where", ["parent", "grandparent"])
