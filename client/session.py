@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
@@ -22,9 +22,11 @@ from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
 from ckptd.client.logging_handlers import note
+from ckptd.client.options import SessionOptions
 from ckptd.client.room import VolumeClaim, claim_room
-from ckptd.client.slots import OnBusy, Slot, Slots
+from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
+from ckptd.client.waves import Ring, Staged, WaveSave, stage_in_waves
 from ckptd.protocol import messages
 from ckptd.protocol.errors import (
     CkptdError,
@@ -50,7 +52,7 @@ from ckptd.protocol.messages import (
     Sealed,
     SlotFreed,
 )
-from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS, SlotState
+from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState
 from ckptd.staging.copy import Copier, Pair
 
 if TYPE_CHECKING:
@@ -62,34 +64,6 @@ logger = logging.getLogger(__name__)
 _HEADROOM_DIVISOR: Final = 64
 _ARENA_STEP_BYTES: Final = 2 << 20
 _DRY_ID: Final = "/plan"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """How a session behaves; see :func:`ckptd.client.connect`."""
-
-    on_busy: OnBusy = "wait"
-    staging: Literal["blocking", "background"] = "blocking"
-    slots: int = 2
-    slot_bytes: int | None = None
-    connect_timeout_s: float = 60.0
-    busy_timeout_s: float = 600.0
-    progress_timeout_s: float = 300.0
-    touch_threads: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be, before anything is opened."""
-        if self.on_busy not in {"wait", "skip", "fail"}:
-            raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
-        if self.staging not in {"blocking", "background"}:
-            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
-        if not 1 <= self.slots <= MAX_SLOTS:
-            raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
-        if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
-            raise Unsupported(f"slot_bytes={self.slot_bytes}", f"give at least {ALIGNMENT_BYTES}")
-        for name in ("connect_timeout_s", "busy_timeout_s", "progress_timeout_s"):
-            if not 0 < getattr(self, name) <= 86_400:
-                raise Unsupported(f"{name}={getattr(self, name)}", "give seconds, more than 0 and at most a day")
 
 
 @dataclass(frozen=True)
@@ -218,6 +192,8 @@ class Session:
         try:
             save.snapshot = self._look(state_dict, request)
             layout = self._layout_for(save, dry=True)
+            if self._needs_waves(layout):
+                return
             self._make_room(layout)
             for slot in self._take_free_slots():
                 slot.dress(layout)
@@ -309,6 +285,9 @@ class Session:
         assert snapshot is not None
         layout = self._layout_for(save)
         self._claim_room(save, layout)
+        if self._needs_waves(layout):
+            self._stage_in_waves(save, layout, snapshot)
+            return
         self._make_room(layout)
         save.plan_s = time.monotonic() - save.begun_s
         note("save", "plan", save.future.checkpoint_id, self.identity.rank, save.plan_s)
@@ -331,7 +310,26 @@ class Session:
             self._slots.release(slot)
             save.future.note_staged(0)
             return
-        self._seal(save, slot, layout, object_bytes, stage_s)
+        self._seal(save, slot, layout, object_bytes, stage_s, waves=None)
+
+    def _needs_waves(self, layout: RankLayout) -> bool:
+        """Whether an image goes through the slots range by range; a hand-over's pickle must be whole in one."""
+        fits = layout.slot_bytes <= self._slots.slot_bytes
+        return self.options.staging == "waves" and layout.code_offset is None and not fits
+
+    def _stage_in_waves(self, save: _Save, layout: RankLayout, snapshot: Snapshot) -> None:
+        options, future = self.options, save.future
+        save.plan_s = time.monotonic() - save.begun_s
+        note("save", "plan", future.checkpoint_id, self.identity.rank, save.plan_s)
+        who = (save.sequence, save.request.checkpoint_id, self.identity.rank)
+        waves = WaveSave(*who, options.on_busy, options.busy_timeout_s, future.done)
+        ring = Ring(self._slots, self._copier, self._link.send_encoded)
+        staged = stage_in_waves(waves, layout, snapshot.sources, ring)
+        if staged is None:  # another rank has failed the save meanwhile
+            future.note_staged(0)
+            return
+        note("save", "stage", future.checkpoint_id, self.identity.rank, staged.stage_s, nbytes=layout.image_bytes)
+        self._seal(save, staged.slot, layout, staged.object_bytes, staged.stage_s, waves=staged)
 
     def _copy(self, slot: Slot, layout: RankLayout, snapshot: Snapshot) -> bytes:
         """Stage every item and return the column of the objects' lengths."""
@@ -348,26 +346,27 @@ class Session:
         self._copier.copy(pairs)
         return b"".join(length.to_bytes(8, "little") for length in lengths)
 
-    def _seal(self, save: _Save, slot: Slot, layout: RankLayout, object_bytes: bytes, stage_s: float) -> None:
+    def _seal(
+        self, save: _Save, slot: Slot, layout: RankLayout, object_bytes: bytes, stage_s: float, *, waves: Staged | None
+    ) -> None:
         now = time.monotonic()
-        seal = messages.encode(
-            Sealed(
-                sequence=save.sequence,
-                checkpoint_id=save.request.checkpoint_id,
-                digest=layout.digest,
-                arena=slot.arena.arena,
-                slot=slot.number,
-                control_bytes=layout.control_bytes,
-                image_bytes=layout.image_bytes,
-                object_bytes=object_bytes,
-                plan_s=save.plan_s,
-                stage_s=stage_s,
-                stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
-                overwrite=save.request.overwrite,
-                code_bytes=layout.code_bytes(object_bytes),
-                code_offset=layout.code_offset or 0,
-            )
+        message = Sealed(
+            sequence=save.sequence,
+            checkpoint_id=save.request.checkpoint_id,
+            digest=layout.digest,
+            arena=slot.arena.arena,
+            slot=slot.number,
+            control_bytes=layout.control_bytes,
+            image_bytes=layout.image_bytes,
+            object_bytes=object_bytes,
+            plan_s=save.plan_s,
+            stage_s=stage_s,
+            stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
+            overwrite=save.request.overwrite,
+            code_bytes=layout.code_bytes(object_bytes),
+            code_offset=layout.code_offset or 0,
         )
+        seal = messages.encode(message if waves is None else waves.put_into(message))
         slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
         save.snapshot = None  # what is staged needs no reference to the state dict
         save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line

@@ -10,6 +10,7 @@ from ckptd.checkpoint.names import hidden_directory
 from ckptd.daemon.sessions import ArenaFile
 from ckptd.protocol.messages import HandOverTask, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
 from ckptd.protocol.save import SaveRules
+from ckptd.protocol.waves import WaveRing
 from ckptd.staging.arena import slot_offset
 
 
@@ -26,6 +27,17 @@ class CurrentPlan:
     def image_bytes(self) -> tuple[int, ...]:
         """Size of each rank's image in bytes."""
         return tuple(self.done.image_bytes)
+
+
+@dataclass(eq=False)
+class RankWaves:
+    """A rank's image that comes in waves: what of it is where, and what its writing took so far."""
+
+    ring: WaveRing
+    arena: ArenaFile
+    write_s: float = 0.0
+    direct: bool = True
+    all_written: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Generation:
     metadata: bytes = b""  # of a hand-over, as its worker pickled it
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
+    waves: dict[int, RankWaves] = field(default_factory=dict)  # of ranks that stage in waves
     written: dict[int, WriteDone] = field(default_factory=dict)
     bytes_done: dict[int, int] = field(default_factory=dict)
     begun_at_s: float = field(default_factory=time.monotonic)

@@ -23,6 +23,7 @@ from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.metrics import Metrics
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
+from ckptd.daemon.waves import SaveHooks, Waves
 from ckptd.protocol import save as rules
 from ckptd.protocol.errors import (
     BadMessage,
@@ -55,6 +56,7 @@ from ckptd.protocol.messages import (
     WriteTask,
 )
 from ckptd.protocol.session import Roster
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed
 from ckptd.staging.arena import SlotState, slot_offset
 
 logger = logging.getLogger(__name__)
@@ -117,11 +119,15 @@ class Saves:
         self._plan_committed = False
         self._plans_made = 0
         self._stopping = False
+        hooks = SaveHooks(self._begin, self._fail_rank, self._progress, self._pool, self._send)
+        self._waves = Waves(crew, self._config, hooks)
 
     @property
     def busy_arenas(self) -> set[int]:
         """Numbers of the arenas that generations in flight still need."""
-        return {seal.arena.number for g in self.generations.values() for seal in g.seals.values()}
+        running = self.generations.values()
+        sealed = {seal.arena.number for g in running for seal in g.seals.values()}
+        return sealed | {waves.arena.number for g in running for waves in g.waves.values()}
 
     def forget_plan(self) -> None:
         """The job's ranks, or its files, are new: plan anew."""
@@ -172,16 +178,22 @@ class Saves:
         generation.proposals[session.rank] = message
         self._apply(generation, rules.Proposed(session.rank, message.checkpoint_id, message.digest))
 
-    def on_sealed(self, session: Session, message: Sealed) -> None:
-        """A rank's image is complete. Raises BadMessage if the slot is not this session's."""
+    def on_sealed(self, session: Session, message: Sealed | WaveSealed) -> None:
+        """A rank's image, or a wave of it, is complete. Raises BadMessage if the slot is not this session's."""
         arena = session.check(message)
         generation = self._generation(session, message)
         if generation is None:
             arena.set_state(message.slot, SlotState.FREE)
             self._send(session, SlotFreed(message.arena, message.slot))
             return
-        if session.rank in generation.seals:
+        if session.rank in generation.seals and isinstance(message, Sealed):
             return
+        if isinstance(message, WaveSealed) or message.wave_bytes:
+            stages = (session.rank, message.checkpoint_id, message.digest, message.image_bytes)
+            self._apply(generation, rules.RankStages(*stages))
+            self._waves.take(generation, session, message, arena)
+            if isinstance(message, WaveSealed) or generation.rules.decided:
+                return
         generation.seals[session.rank] = Seal(message, arena)
         self._metrics.observe_phase("stage", message.stage_s)
         self._metrics.observe_phase("plan", message.plan_s)
@@ -199,7 +211,7 @@ class Saves:
         if generation is not None:
             self._apply(generation, rules.RankFell(session.rank, from_report(message.error)))
 
-    def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
+    def _generation(self, session: Session, message: Propose | Sealed | WaveSealed | GaveUp) -> Generation | None:
         """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""
         # What a user's own writer takes for an id is its own affair; no path is made of it here.
         handed_over = isinstance(message, Sealed) and message.code_bytes > 0
@@ -306,6 +318,9 @@ class Saves:
         message, plan = seal.message, generation.plan
         if plan is None:
             raise UnexpectedError("a seal without a plan")
+        if message.wave_bytes:
+            await self._make_durable(generation, rank, await self._waves.finish(generation, rank, plan))
+            return
         seal.arena.set_state(message.slot, SlotState.PERSISTING, generation.sequence)
         task = WriteTask(
             plan_path=plan.path,
@@ -319,6 +334,9 @@ class Saves:
             threads=self._config.write_threads,
             chunk_bytes=self._config.write_chunk_bytes,
         )
+        await self._make_durable(generation, rank, task)
+
+    async def _make_durable(self, generation: Generation, rank: int, task: WriteTask | FinishWavesTask) -> None:
         try:
             reply = await self._pool().run(
                 task,
@@ -326,7 +344,7 @@ class Saves:
                 on_start=lambda waited: self._metrics.observe_phase("queue", waited),
             )
         except CkptdError as error:
-            self._apply(generation, rules.Broke(error, rank))
+            self._fail_rank(generation, rank, error)
             return
         done = cast(WriteDone, reply)
         generation.written[rank] = done
@@ -335,6 +353,9 @@ class Saves:
         self._metrics.written(done.bytes_written)
         self._progress(generation, rank, done.bytes_written)
         self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
+
+    def _fail_rank(self, generation: Generation, rank: int, error: CkptdError) -> None:
+        self._apply(generation, rules.Broke(error, rank))
 
     def _progress(self, generation: Generation, rank: int, bytes_done: int) -> None:
         generation.bytes_done[rank] = bytes_done
@@ -427,7 +448,7 @@ class Saves:
         for task in writers:
             task.cancel()  # what has begun is waited for all the same: two workers must not meet in one directory
         await asyncio.gather(*writers, return_exceptions=True)
-        if generation.seals and not generation.rules.handed_over and self._crew.pool is not None:
+        if (generation.seals or generation.waves) and not generation.rules.handed_over and self._crew.pool is not None:
             try:
                 await self._crew.pool.run(DiscardTask(generation.directory))
             except CkptdError as error:
@@ -449,7 +470,10 @@ class Saves:
         self._crew.release_retired()
 
     def _free_slots(self, generation: Generation) -> None:
+        self._waves.release(generation)
         for rank, seal in generation.seals.items():
+            if seal.message.wave_bytes:
+                continue  # free since it was written, and perhaps in use again
             seal.arena.set_state(seal.message.slot, SlotState.FREE)
             session = self._crew.sessions.get(rank)
             if session is not None and seal.arena.number in session.arenas:

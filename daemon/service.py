@@ -45,6 +45,7 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
+from ckptd.protocol.wave_messages import WaveSealed
 from ckptd.staging.arena import arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)

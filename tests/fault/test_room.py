@@ -178,7 +178,7 @@ def test_blocks_that_cannot_be_reserved_are_told_by_the_worker_and_nothing_is_le
         "import sys\n"
         "if 'ckptd.daemon.worker' in sys.orig_argv:\n"
         "    import ckptd.checkpoint.write as write\n"
-        "    write._check_room = lambda directory, wanted_bytes: None\n"
+        "    write.check_room = lambda directory, wanted_bytes: None\n"
     )
     monkeypatch.setattr("ckptd.client.session.claim_room", lambda *_: None)
     daemon = start_daemon(environment={"PYTHONPATH": str(tmp_path / "site")})

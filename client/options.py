@@ -1,0 +1,41 @@
+"""How a session behaves, checked before anything is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptd.client.slots import OnBusy
+from ckptd.client.waves import WAVE_SLOT_BYTES
+from ckptd.protocol.errors import Unsupported
+from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a session behaves; see :func:`ckptd.client.connect`."""
+
+    on_busy: OnBusy = "wait"
+    staging: Literal["blocking", "background", "waves"] = "blocking"
+    slots: int = 2
+    slot_bytes: int | None = None
+    connect_timeout_s: float = 60.0
+    busy_timeout_s: float = 600.0
+    progress_timeout_s: float = 300.0
+    touch_threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, before anything is opened."""
+        if self.on_busy not in {"wait", "skip", "fail"}:
+            raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
+        if self.staging not in {"blocking", "background", "waves"}:
+            raise Unsupported(f"staging={self.staging!r}", "give 'blocking', 'background' or 'waves'")
+        if self.staging == "waves" and self.slot_bytes is None:
+            object.__setattr__(self, "slot_bytes", WAVE_SLOT_BYTES)
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
+        if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
+            raise Unsupported(f"slot_bytes={self.slot_bytes}", f"give at least {ALIGNMENT_BYTES}")
+        for name in ("connect_timeout_s", "busy_timeout_s", "progress_timeout_s"):
+            if not 0 < getattr(self, name) <= 86_400:
+                raise Unsupported(f"{name}={getattr(self, name)}", "give seconds, more than 0 and at most a day")
