@@ -41,8 +41,8 @@ class Claim:
         parent, _ = os.path.split(self.checkpoint_id)
         hidden = os.path.basename(hidden_directory(self.checkpoint_id, ""))
         with suppress(OSError):  # a directory that comes or goes while we look has nothing that counts
-            names = [name for name in os.listdir(parent) if name.startswith(hidden) and self.marks in name]
-            folders = [os.path.join(parent, name) for name in names]
+            names = [name for name in os.listdir(parent) if name.startswith(hidden)]
+            folders = [os.path.join(parent, name) for name in names if self.marks in name.removeprefix(hidden)]
             # Under the id itself may be this save, just published, or an older one.
             published_bytes = _blocks_bytes(self.checkpoint_id, since_unix_s=self.begun_unix_s - _CLOCKS_DIFFER_S)
             return published_bytes + sum(_blocks_bytes(folder, since_unix_s=0) for folder in folders)

@@ -76,7 +76,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""
 
-    memory_reserve_bytes: CacheBytes = 256 * _MIB
+    memory_reserve_bytes: CacheBytes = 128 * _MIB
     """Memory that arenas never take: of the machine's free memory, and of the limit of each control group."""
 
     memory_reserve_fraction: Fraction = 0.02

@@ -7,8 +7,8 @@ import pytest
 from support.clients import assert_holds
 from support.mounts import need_root
 from support.nursery import state
-from support.processes import stopped
-from support.trainers import Ranks
+from support.processes import stopped, wait_gone
+from support.trainers import Ranks, TrainerRaised
 from support.waiting import wait_until
 
 MIB = 1 << 20
@@ -84,6 +84,48 @@ def test_memory_that_is_kept_in_reserve_is_not_given_to_arenas(start_daemon, cli
     start_daemon(memory_reserve_fraction=0.999)
     with pytest.raises(RuntimeError, match=r"MemAvailable.* leaves 0 free; .*bytes kept in reserve"):
         client.connect(slot_bytes=MIB)
+
+
+@pytest.fixture
+def small_group(tmp_path):
+    """A control group of 256 MiB; return a function that puts a process into it."""
+    roots = {"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"}
+    root = next((root for root in roots if os.path.exists(f"{root}/cgroup.procs")), "")
+    group = f"{root}/ckptd-test-{os.getpid()}"
+    try:
+        os.mkdir(group)
+        with open(f"{group}/{roots.get(root, '')}", "w") as limit:
+            limit.write(str(256 * MIB))
+    except OSError as error:
+        if os.path.isdir(group):
+            os.rmdir(group)
+        pytest.skip(f"no control group for memory can be made here: {error}")
+    moved = []
+
+    def put(pid):
+        moved.append(pid)
+        with open(f"{group}/cgroup.procs", "w") as members:
+            members.write(str(pid))
+        return group
+
+    yield put
+    for pid in moved:
+        wait_gone(pid)
+    os.rmdir(group)
+
+
+@pytest.mark.parametrize("who", ["daemon", "trainer"])
+def test_the_limit_of_a_control_group_is_kept(small_group, start_daemon, trainers, who):
+    daemon = start_daemon(memory_reserve_bytes=64 * MIB)
+    trainer = trainers.start()
+    group = small_group({"daemon": daemon, "trainer": trainer}[who].pid)
+    with pytest.raises(
+        TrainerRaised, match=rf"control group {group}/memory\..* leaves \d+ free; .* of {256 * MIB} free"
+    ):
+        trainer.do("dcp.connect(slots=2, slot_bytes=128 << 20)")
+    trainer.do("dcp.connect(slots=1, slot_bytes=32 << 20)")
+    trainer.leave()
+    daemon.stop()
 
 
 def test_a_full_disk_is_named_with_its_numbers_and_nothing_is_left(mounts, daemon, client, tmp_path):

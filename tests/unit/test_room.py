@@ -46,6 +46,11 @@ class TestWhatASaveHasAlready:
         write_file(hidden_directory(mine.checkpoint_id, "job-1-1-abcd"), "notes.txt", PAGE)
         assert mine.has_bytes() == 0
 
+    def test_is_not_taken_from_a_name_that_has_its_marks(self, tmp_path):
+        mine = claim(tmp_path, "x-1-1-y")
+        write_file(hidden_directory(mine.checkpoint_id, "job-2-7-abcd"), "__0_0.distcp", PAGE)
+        assert mine.has_bytes() == 0
+
     def test_is_what_was_published_since_it_began(self, tmp_path):
         mine = claim(tmp_path, begun_unix_s=time.time())
         path = write_file(mine.checkpoint_id, "__0_0.distcp", PAGE)
