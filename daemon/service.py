@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
@@ -46,7 +47,8 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
-from ckptd.staging.arena import SlotState, create_arena
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.staging.arena import SlotState, arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
         self._job_of: dict[Session, Job] = {}
@@ -283,7 +286,9 @@ class Daemon:
         session.heard_at_s = time.monotonic()
         session.attached = True
         session.attachment += 1
-        logger.info("rank %d of job %s is back", session.rank, self._job_of[session].name)
+        job = self._job_of[session]
+        job.take_up_seals_of(session)
+        logger.info("rank %d of job %s is back", session.rank, job.name)
         return session, self._attached(session)
 
     def _attached(self, session: Session) -> Attached:
@@ -301,7 +306,7 @@ class Daemon:
         )
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
@@ -309,12 +314,15 @@ class Daemon:
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
         make = partial(create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner)
+        nbytes = arena_bytes(request.slots, request.slot_bytes)
         try:
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         except errors.ShmTooSmall:
             if not self._drop_what_the_dead_keep():
                 raise
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
         job.open_arena(session, arena)
         return arena
@@ -362,7 +370,7 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
