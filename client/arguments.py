@@ -56,7 +56,9 @@ def save_request(
     path = _native_path(checkpoint_id, known)
     if settings is None or path is None:
         hand_over = _hand_over(checkpoint_id, known, planner)
-        return SaveRequest(_told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over)
+        return SaveRequest(
+            _told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over=hand_over
+        )
     flat, lowest = not settings.flatten_state_dict, settings.dedup_save_to_lowest_rank
     overwrite = not isinstance(known, FileSystemWriter) or known.overwrite
     return SaveRequest(path, plan_settings(flat=flat, lowest=lowest), flat, overwrite, _read_metadata, background)

@@ -44,6 +44,7 @@ from ckptd.protocol.messages import (
     DaemonMessage,
     Fenced,
     GaveUp,
+    Keep,
     Progress,
     Propose,
     Sealed,
@@ -101,6 +102,8 @@ class SaveRequest:
     overwrite: bool
     read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
     background: bool
+    user: str = ""  # what is stored with the checkpoint; see ckptd.checkpoint.user_data
+    keep: Keep | None = None  # what of its folder is kept after the commit
     hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way
 
 
@@ -363,6 +366,8 @@ class Session:
                 overwrite=save.request.overwrite,
                 code_bytes=layout.code_bytes(object_bytes),
                 code_offset=layout.code_offset or 0,
+                user=save.request.user,
+                keep=save.request.keep,
             )
         )
         slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)

@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass, field
 
 from ckptd.checkpoint.names import hidden_directory
+from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
-from ckptd.protocol.messages import HandOverTask, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
+from ckptd.protocol.messages import HandOverTask, Keep, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
 from ckptd.protocol.save import SaveRules
 from ckptd.staging.arena import slot_offset
 
@@ -67,6 +68,17 @@ class Generation:
     def bytes_total(self) -> int:
         """Bytes of all images, or of those sealed so far while there is no plan."""
         return sum(self.rules.known_bytes) or sum(seal.message.image_bytes for seal in self.seals.values())
+
+    @property
+    def keep(self) -> Keep | None:
+        """What of its folder is to be kept once it is committed, as rank 0 said; None: everything."""
+        seal = self.seals.get(0)
+        return None if seal is None else seal.message.keep
+
+    def user_header(self) -> dict[str, str]:
+        """Return the entry of the index's header that holds what rank 0's user says of the checkpoint, if anything."""
+        seal = self.seals.get(0)
+        return {USER_DATA: seal.message.user} if seal is not None and seal.message.user else {}
 
     @property
     def seconds(self) -> float:

@@ -9,6 +9,7 @@ import logging
 
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.nodecache import NodeCache
+from ckptd.daemon.retention import Retention
 from ckptd.daemon.saves import JobContext, Saves
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
@@ -40,6 +41,9 @@ class Job:
         self.files = JobFiles(context.root, identity)
         self.saves = Saves(self, context)
         self.cache = NodeCache(self, context)
+        self.retention = Retention(
+            name, open_pool=lambda: self._new_pool(1), saving=self.saves.ids_in_flight, metrics=context.metrics
+        )
         self._retired: list[Session] = []  # ended sessions whose slots are still being written
 
     def attach(self, session: Session, request: Attach) -> None:
@@ -144,7 +148,7 @@ class Job:
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and nothing is in flight."""
-        return not self.sessions and not self.saves.generations
+        return not self.sessions and not self.saves.generations and not self.retention.busy
 
     def check_deadlines(self) -> None:
         """Fail generations without news, and lose sessions that fell silent."""
@@ -170,6 +174,7 @@ class Job:
         for pool in pools:
             if pool is not None:
                 await pool.close()
+        await self.retention.close()
         files.remove()
 
     def status(self) -> dict[str, object]:
@@ -183,4 +188,5 @@ class Job:
             "workers": self.worker_pids,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
+            "retention": self.retention.status(),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from ckptd.daemon.config import Config
 from ckptd.daemon.generation import CurrentPlan, Generation, Seal, hand_over_task
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.metrics import Metrics
+from ckptd.daemon.retention import Retention
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.protocol import save as rules
@@ -92,6 +94,10 @@ class Crew(Protocol):
     pool: WorkerPool | None
     progress_timeout_s: float
 
+    @property
+    def retention(self) -> Retention:
+        """Removes old checkpoints after commits."""
+
     def open_user_pool(self) -> WorkerPool:
         """Return the worker for users' own code. Raises Unsupported where none may run."""
 
@@ -117,6 +123,10 @@ class Saves:
         self._plan_committed = False
         self._plans_made = 0
         self._stopping = False
+
+    def ids_in_flight(self) -> list[str]:
+        """Ids of the checkpoints that are being saved."""
+        return [generation.rules.checkpoint_id for generation in self.generations.values()]
 
     @property
     def busy_arenas(self) -> set[int]:
@@ -386,6 +396,7 @@ class Saves:
                 "sequence": str(generation.sequence),
                 "save_id": generation.save_id,
                 "world_size": str(generation.rules.world_size),
+                **generation.user_header(),
             },
         )
         done = cast(CommitDone, await self._pool().run(task))
@@ -403,6 +414,8 @@ class Saves:
         )  # fmt: skip
         self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
         self._end(generation)
+        if (keep := generation.keep) is not None:
+            self._crew.retention.request(os.path.dirname(generation.rules.checkpoint_id), keep)
 
     def _abandon(self, generation: Generation, action: rules.Abandon) -> None:
         logger.warning(

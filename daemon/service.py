@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.checkpoint.names import is_canonical
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.http import HttpServer, start_http
@@ -41,6 +42,7 @@ from ckptd.protocol.messages import (
     OpenArena,
     OpenCache,
     Propose,
+    Retain,
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
@@ -292,6 +294,10 @@ class Daemon:
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
+            case Retain():
+                if not is_canonical(message.root):
+                    raise errors.BadMessage(f"folder {message.root!r}, which is no absolute path")
+                job.retention.request(message.root, message.keep)
             case Detach():
                 self.lose(session, "left")
             case _:

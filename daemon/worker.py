@@ -26,6 +26,7 @@ from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
 from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.removal import retain
 from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
@@ -38,6 +39,7 @@ from ckptd.protocol.messages import (
     HandOverTask,
     PlanDone,
     PlanTask,
+    RetainTask,
     Task,
     TaskFailed,
     TaskReply,
@@ -142,6 +144,8 @@ class Worker:
             case DiscardTask():
                 discard_save(task.directory)
                 return DiscardDone()
+            case RetainTask():
+                return retain(task)
             case HandOverTask():
                 from ckptd.daemon.handover import save_handed_over  # torch, and whatever else the user's code needs
 

@@ -26,6 +26,7 @@ NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+UserText = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 # An attach frame holds a few names; anything longer is not one of ours.
@@ -101,6 +102,16 @@ class Refused(Message, frozen=True, tag="refused"):
 # --- message socket, client to daemon ----------------------------------------------------------------------------
 
 
+class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/retention.py."""
+
+    last: Count | None = None  # the newest ones; None keeps all
+    every_steps: NBytes = 0  # those whose step is a multiple; 0: no such rule
+    best: NBytes = 0  # so many with the best metric
+    metric: str = ""
+    mode: Literal["min", "max"] = "min"
+
+
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The client lives. Answer: Echo."""
 
@@ -138,6 +149,15 @@ class Sealed(Message, frozen=True, tag="sealed"):
     overwrite: bool = True
     code_bytes: NBytes = 0  # not 0: a hand-over, whose pickle of so many bytes ends the image's last item
     code_offset: NBytes = 0  # where it begins in the image
+    user: UserText = ""  # of rank 0: what the user says of the checkpoint, in JSON; stored with it
+    keep: Keep | None = None  # of rank 0: what to keep of the folder once this save is committed
+
+
+class Retain(Message, frozen=True, tag="retain"):
+    """Remove from a folder what is not to be kept, now; the daemon does so after a commit without being asked."""
+
+    root: Name
+    keep: Keep
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
@@ -348,6 +368,22 @@ class HandOverDone(Message, frozen=True, tag="hand_over_done"):
     metadata: bytes
 
 
+class RetainTask(Message, frozen=True, tag="retain_task"):
+    """Remove from ``root`` what is not to be kept. ``busy``: names of checkpoints that are being saved."""
+
+    root: Name
+    keep: Keep
+    busy: list[str]
+
+
+class RetainDone(Message, frozen=True, tag="retain_done"):
+    """Names that were removed, names that could not be had (read by somebody, or changed), and what went wrong."""
+
+    removed: list[str]
+    held: list[str]
+    errors: list[str]
+
+
 class DiscardTask(Message, frozen=True, tag="discard_task"):
     """Remove the hidden directory of a save that failed."""
 
@@ -367,10 +403,10 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
 AttachRequest = Attach | OpenArena | OpenCache
 AttachReply = Attached | ArenaOpened | CacheOpened | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
-ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
+ClientMessage = Heartbeat | Propose | Sealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
-Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask
-TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
+Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask | RetainTask
+TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | RetainDone | TaskFailed
 
 
 class _AttachVersion(msgspec.Struct):

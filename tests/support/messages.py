@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckptd.protocol import messages as m
 from ckptd.protocol.errors import DiskFull
 
+KEEP = m.Keep(3, 100, 2, "loss", "max")
 ERROR = DiskFull("/runs", 10, 3).report()
 
 SAMPLES = {
@@ -19,7 +20,8 @@ SAMPLES = {
         m.Heartbeat(),
         m.Propose(1, "/runs/7", "digest", b"plan", True),
         m.Sealed(1, "/runs/7", "digest", 1, 0, 8192, 4096, b"\0" * 8, 0.1, 0.2, 0.3, False),
-        m.Sealed(1, "x", "handed over", 1, 0, 12288, 8192, b"\0" * 8, 0.1, 0.2, 0.3, True, 7, 4096),
+        m.Sealed(1, "x", "handed over", 1, 0, 12288, 8192, b"\0" * 8, 0.1, 0.2, 0.3, True, 7, 4096, "{}", KEEP),
+        m.Retain("/runs", KEEP),
         m.GaveUp(1, "/runs/7", ERROR),
         m.CacheWants("file", b"\0" * 16),
         m.CacheBegun(),
@@ -44,6 +46,7 @@ SAMPLES = {
         m.WriteTask("/plan", 1, "/arena", 4096, 8192, b"", "/dir", "__1_0.distcp", 4, 1 << 20),
         m.CommitTask("/plan", "/dir", "/runs/7", "save", [b"h"], [7], [b"o"], True, {"job": "job"}),
         m.DiscardTask("/dir"),
+        m.RetainTask("/runs", KEEP, ["step-7"]),
         m.HandOverTask([m.StagedHandOver("/arena", 4096, 8192, 4096, 7)]),
     ],
     m.decode_task_reply: [
@@ -52,6 +55,7 @@ SAMPLES = {
         m.WriteDone(4096, b"\0" * 8, 2**64 - 1, 0.5, 0.25, True),
         m.CommitDone(4096),
         m.DiscardDone(),
+        m.RetainDone(["step-1"], ["step-2"], ["unlink: no"]),
         m.HandOverDone(b"metadata"),
         m.TaskFailed(ERROR),
     ],
