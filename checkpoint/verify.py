@@ -22,6 +22,8 @@ from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
 from ckptd.checkpoint.names import METADATA_NAME
 from ckptd.checkpoint.open import is_metadata_of, read_index
+from ckptd.checkpoint.reading import reading
+from ckptd.checkpoint.stock_records import WrongRecord, check_record
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
@@ -37,8 +39,10 @@ class VerifyReport:
         path: The checkpoint's directory.
         items: Number of tensor chunks and objects in the index.
         bytes: Their size in bytes, as the index says.
-        hashes_checked: Whether payloads were read; a stock checkpoint has no hashes, only a structure.
+        hashes_checked: Whether payloads were held against our hashes; a stock checkpoint has none.
         faults: MissingFile, TruncatedFile, WrongBits or SystemCallFailed, by file and offset.
+        crcs_checked: Of a stock checkpoint, how many parts of records were held against their CRC; torch writes one
+            for each unless it was told not to.
     """
 
     path: str
@@ -46,6 +50,7 @@ class VerifyReport:
     bytes: int
     hashes_checked: bool
     faults: tuple[CkptdError, ...]
+    crcs_checked: int = 0
 
     @property
     def good(self) -> bool:
@@ -54,14 +59,20 @@ class VerifyReport:
 
 
 def verify_checkpoint(
-    path: str, *, threads: int = 4, progress: Callable[[int, int], None] | None = None
+    path: str,
+    *,
+    threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> VerifyReport:
-    """Check that the checkpoint in a directory is what was saved.
+    """Check that the checkpoint in a directory is what was saved. It is not removed by retention meanwhile.
 
     Args:
         path: The directory.
         threads: How many read and hash at a time; each holds a buffer of 8 MiB.
         progress: Called in this thread with bytes done and bytes in all, now and then and at the end.
+        share: ``(n, count)``: read only the n-th of so many parts of about the same size, because others read theirs;
+            the index, and the sizes of files, are always looked at.
 
     Returns:
         The faults and what was looked at.
@@ -72,22 +83,31 @@ def verify_checkpoint(
         Unsupported: A stock checkpoint whose files were transformed; load it with torch.
         SystemCallFailed: The index cannot be read.
     """
-    index = read_index(path)
+    with reading(path):
+        return _verify(read_index(path), path, threads=threads, progress=progress or (lambda *_: None), share=share)
+
+
+def _verify(
+    index: Index, path: str, *, threads: int, progress: Callable[[int, int], None], share: tuple[int, int]
+) -> VerifyReport:
     payload_bytes = int((index.data_bytes if index.has_hashes else index.record_bytes).sum())
     faults, readable = _check_files(index, path)
-    done_bytes = 0
+    done_bytes = crcs = 0
+    verifier = _Verifier(index, path)
+    check = verifier.check if index.has_hashes else verifier.check_records
+    mine = slice(share[0], None, share[1])
+    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool:
+        for found in pool.map(check, list(_batches(index, readable))[mine]):
+            faults += found.faults
+            crcs += found.crcs
+            done_bytes += found.read_bytes
+            progress(done_bytes, payload_bytes)
     if index.has_hashes:
-        verifier = _Verifier(index, path)
-        with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool:
-            for read_bytes, found in pool.map(verifier.check, _batches(index, readable)):
-                faults += found
-                done_bytes += read_bytes
-                if progress is not None:
-                    progress(done_bytes, payload_bytes)
-        faults += _check_frames(index, path) + _check_metadata(index, path)
-    if progress is not None and done_bytes < payload_bytes:
+        faults += _check_frames(index, path, range(len(index.files))[mine])
+        faults += _check_metadata(index, path) if share[0] == 0 else []
+    if done_bytes < payload_bytes:
         progress(payload_bytes, payload_bytes)
-    return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults))
+    return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults), crcs)
 
 
 def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
@@ -109,10 +129,12 @@ def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
     return faults, np.flatnonzero(record_ends <= found_bytes[index.item_file])
 
 
-def _check_frames(index: Index, path: str) -> list[CkptdError]:
+def _check_frames(index: Index, path: str, rows: range) -> list[CkptdError]:
     """Return what is wrong with the bytes around the payloads: record headers, tails and padding."""
     faults: list[CkptdError] = []
-    for row, expected in enumerate(frame_hashes(index)):
+    expected_hashes = frame_hashes(index)
+    for row in rows[: len(expected_hashes)]:
+        expected = expected_hashes[row]
         file = f"{path}/{index.files[row]}"
         size = _file_bytes(file)
         if isinstance(size, CkptdError):
@@ -157,9 +179,12 @@ def _file_bytes(file: str) -> int | CkptdError:
 
 def _batches(index: Index, items: Int64) -> Iterator[Int64]:
     """Yield the items by file and offset, as many together as one read covers."""
-    items = items[np.lexsort((index.data_offset[items], index.item_file[items]))]
-    files, begins = index.item_file[items], index.data_offset[items]
-    ends = begins + index.data_bytes[items]
+    offsets, lengths = (
+        (index.data_offset, index.data_bytes) if index.has_hashes else (index.record_offset, index.record_bytes)
+    )
+    items = items[np.lexsort((offsets[items], index.item_file[items]))]
+    files, begins = index.item_file[items], offsets[items]
+    ends = begins + lengths[items]
     first = 0
     while first < len(items):
         # Begins are sorted, ends need not be: take what begins within the read, then cut.
@@ -172,6 +197,15 @@ def _batches(index: Index, items: Int64) -> Iterator[Int64]:
         first = last
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What came of one batch."""
+
+    read_bytes: int
+    faults: list[CkptdError]
+    crcs: int = 0
+
+
 class _Verifier:
     """Reads and hashes batches of items; one per checkpoint, used by several threads."""
 
@@ -180,10 +214,36 @@ class _Verifier:
         self._path = path
         self._local = threading.local()
 
-    def check(self, items: Int64) -> tuple[int, list[CkptdError]]:
-        """Return payload bytes and faults of items of one file, in order of offset."""
+    def check_records(self, items: Int64) -> _Found:
+        """Hold records of stock's, all of one file, against the CRCs in them."""
         index = self._index
-        file = f"{self._path}/{index.files[int(index.item_file[items[0]])]}"
+        file = self._file_of(items)
+        faults: list[CkptdError] = []
+        crcs = 0
+        try:
+            descriptor = named("open", file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        except CkptdError as error:
+            return _Found(0, [error])
+        try:
+            for item in items.tolist():
+                begin, nbytes = int(index.record_offset[item]), int(index.record_bytes[item])
+                try:
+                    crcs += check_record(descriptor, file, begin, nbytes)
+                except WrongRecord:
+                    faults.append(WrongBits(file, index.names[int(index.item_name[item])], begin))
+                except CkptdError as error:
+                    faults.append(error)
+        finally:
+            os.close(descriptor)
+        return _Found(int(index.record_bytes[items].sum()), faults, crcs)
+
+    def _file_of(self, items: Int64) -> str:
+        return f"{self._path}/{self._index.files[int(self._index.item_file[items[0]])]}"
+
+    def check(self, items: Int64) -> _Found:
+        """Hold items of one file, in order of offset, against their hashes."""
+        index = self._index
+        file = self._file_of(items)
         begins = index.data_offset[items]
         lengths = index.data_bytes[items]
         nbytes = int(lengths.sum())
@@ -194,11 +254,11 @@ class _Verifier:
             finally:
                 os.close(descriptor)
         except CkptdError as error:
-            return nbytes, [error]
+            return _Found(nbytes, [error])
         wrong = np.flatnonzero(np.fromiter(hashes, np.uint64, len(items)) != index.item_hash[items])
-        return nbytes, [
-            WrongBits(file, index.names[int(index.item_name[items[row]])], int(begins[row])) for row in wrong.tolist()
-        ]
+        names = [index.names[int(index.item_name[items[row]])] for row in wrong.tolist()]
+        faults = [WrongBits(file, name, int(begins[row])) for name, row in zip(names, wrong.tolist(), strict=True)]
+        return _Found(nbytes, [*faults])
 
     def _hashes(self, descriptor: int, file: str, begins: list[int], lengths: list[int]) -> Iterable[int]:
         buffer = self._buffer()

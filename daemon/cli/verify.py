@@ -20,7 +20,7 @@ def verify(
     """Read a checkpoint and compare every byte with its hash. Exit status 0: good, 1: not good."""
     from ckptd.checkpoint.verify import verify_checkpoint
 
-    counts = {"items": 0, "bytes": 0, "hashes_checked": 0}
+    counts = {"items": 0, "bytes": 0, "hashes_checked": 0, "crcs_checked": 0}
     faults: list[CkptdError]
     try:
         with progress_bar("verify") as progress:
@@ -30,6 +30,7 @@ def verify(
     else:
         faults = list(report.faults)
         counts = {"items": report.items, "bytes": report.bytes, "hashes_checked": report.hashes_checked}
+        counts["crcs_checked"] = report.crcs_checked
     if as_json:
         facts = {"good": not faults, "path": path, **counts, "faults": [fault_facts(fault) for fault in faults]}
         typer.echo(msgspec.json.encode(facts))
