@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from support.managed import write_managed
+from support.managed import spoil, write_managed
 from support.stock import save_stock
 
 from ckptd.checkpoint import scrub as scrub_module
@@ -24,27 +24,13 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-def first_byte(path):
-    return int(read_index(str(path)).data_offset[0])
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two of ours in a folder of their own, and one of stock's."""
     for step in (1, 2):
-        path = write_managed(tmp_path / "ours", step)
-        index = read_index(str(path))  # frame hashes of nothing: leave them out
-        assert index.has_hashes
-        _without_frames(path, index)
+        write_managed(tmp_path / "ours", step)
     save_stock({"w": torch.arange(1000.0), "n": 7}, tmp_path / "stock")
     return tmp_path
-
-
-def _without_frames(path, index):
-    from ckptd.checkpoint.index import encode_index
-
-    del index.header["frame_hashes"]
-    (path / ".ckptd").write_bytes(encode_index(index))
 
 
 def states(folder):
@@ -57,7 +43,7 @@ def test_all_are_found_ours_and_stocks(folder):
 
 
 def test_one_that_is_damaged_does_not_hide_the_others(folder):
-    flip(folder / "ours" / "step-1" / "__0_0.distcp", first_byte(folder / "ours" / "step-1"))
+    spoil(folder / "ours" / "step-1")
     (folder / "ours" / "step-2" / ".ckptd").write_bytes(b"nonsense")
     found = {one.path.rpartition("/")[2]: one for one in scrub(str(folder))}
     assert isinstance(found["step-1"].faults[0], WrongBits)
@@ -161,7 +147,7 @@ class TestTheCommand:
         assert "CRCs checked" in out
 
     def test_something_that_is_not_good_is_1_and_named(self, folder, capsys):
-        flip(folder / "ours" / "step-1" / "__0_0.distcp", first_byte(folder / "ours" / "step-1"))
+        spoil(folder / "ours" / "step-1")
         code, out, err = self.run(capsys, folder)
         assert code == 1
         assert "1 damaged, 2 good" in out
