@@ -23,6 +23,7 @@ from ckptd.daemon.generation import CurrentPlan, Generation, Seal, hand_over_tas
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.metrics import Metrics
 from ckptd.daemon.retention import Retention
+from ckptd.daemon.retries import Retrying
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.protocol import save as rules
@@ -329,7 +330,8 @@ class Saves:
             chunk_bytes=self._config.write_chunk_bytes,
         )
         try:
-            reply = await self._pool().run(
+            pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self._metrics.write_retried)
+            reply = await pool.run(
                 task,
                 on_progress=lambda done: self._progress(generation, rank, done),
                 on_start=lambda waited: self._metrics.observe_phase("queue", waited),
