@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 
 from ckptd.client.arguments import plan_settings
+from ckptd.client.exchange import place_in
+from ckptd.client.failure_policy import FailureOptions, FailurePolicy
 from ckptd.client.identity import Identity, alone, of_group
 from ckptd.client.session import Session, SessionOptions
 from ckptd.client.slots import OnBusy
 from ckptd.protocol.errors import Unsupported
+from ckptd.protocol.failing import OnFailure
 
 _DEFAULT: Final = "default"
 
 _sessions: dict[str, Session] = {}
+_policies: dict[str, FailurePolicy] = {}
 _opening = threading.RLock()
 
 
@@ -37,6 +41,9 @@ def connect(
     connect_timeout_s: float = 60.0,
     busy_timeout_s: float = 600.0,
     progress_timeout_s: float = 300.0,
+    on_failure: OnFailure = "continue",
+    max_consecutive_failures: int | None = None,
+    pause_timeout_s: float = 600.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
 
@@ -54,6 +61,11 @@ def connect(
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
+        on_failure: What the next save call does about a save that failed: "continue" (it is logged, counted and told
+            to whoever listens), "raise" it, or "pause": save again and again, until that works or
+            ``pause_timeout_s`` have passed. The tensors of a pausing call are those that it was given.
+        max_consecutive_failures: After so many failures in a row the next save call raises SavesFailing.
+        pause_timeout_s: See ``on_failure``, in seconds.
 
     Raises:
         DaemonUnavailable: There is no daemon and none could be started.
@@ -69,6 +81,9 @@ def connect(
         busy_timeout_s=busy_timeout_s,
         progress_timeout_s=progress_timeout_s,
     )
+    failing = FailureOptions(
+        on_failure=on_failure, max_consecutive_failures=max_consecutive_failures, pause_timeout_s=pause_timeout_s
+    )
     if (rank is None) != (world_size is None):
         raise Unsupported("rank without world_size, or the other way round", "give both or neither")
     with _opening:
@@ -83,6 +98,7 @@ def connect(
         _drop(key)
         session = Session(identity, options)
         _sessions[key] = session
+        _policies[key] = FailurePolicy(failing, place=lambda: place_in(process_group, no_dist=False))
     if state_dict is not None:
         session.prepare(state_dict, settings=plan_settings(flat=False, lowest=False))
     return session
@@ -121,6 +137,12 @@ def session_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session:
         return session
 
 
+def policy_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> FailurePolicy:
+    """Return what the saves of a group of ranks do about failures, as `connect` was told."""
+    unasked = FailurePolicy(FailureOptions(), place=lambda: place_in(group, no_dist=no_dist))
+    return _policies.setdefault(_key(group, no_dist=no_dist), unasked)
+
+
 def live_session(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session | None:
     """Return the session of a group of ranks if there is a live one; opens none."""
     session = _sessions.get(_key(group, no_dist=no_dist))
@@ -142,6 +164,7 @@ def _identity(group: dist.ProcessGroup | None, *, job: str | None, timeout_s: fl
 
 
 def _drop(key: str) -> None:
+    _policies.pop(key, None)
     session = _sessions.pop(key, None)
     if session is not None:
         session.close()
@@ -155,4 +178,5 @@ def close_all() -> None:
 
 # A forked child (a data loader's worker) must not speak in its parent's name.
 os.register_at_fork(after_in_child=_sessions.clear)
+os.register_at_fork(after_in_child=_policies.clear)
 atexit.register(close_all)

@@ -150,6 +150,18 @@ class BadIndex(StorageError):
 
 
 @dataclass(eq=False)
+class SavesFailing(StorageError):
+    """More saves failed in a row than are put up with."""
+
+    code: ClassVar[str] = "saves_failing"
+    count: int
+    last: str
+
+    def __str__(self) -> str:
+        return f"{self.count} saves in a row have failed, the last one: {self.last}"
+
+
+@dataclass(eq=False)
 class NoGoodCheckpoint(StorageError):
     """There are checkpoints, but none of them is whole."""
 
