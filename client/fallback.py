@@ -39,10 +39,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """Where to look. ``path``: told in errors; ``candidates``: lists the checkpoints, the most wanted first."""
+    """Where to look.
+
+    Attributes:
+        path: Told in errors.
+        candidates: Lists the checkpoints, the most wanted first.
+        verified: Whether they are verified ahead, and damaged ones passed over; or the first is loaded as it is.
+    """
 
     path: str
     candidates: Callable[[], list[str]]
+    verified: bool = True
 
 
 def candidates_at(path: str) -> list[str]:
@@ -65,7 +72,7 @@ def candidates_at(path: str) -> list[str]:
 
 def load_newest_good(
     wanted: Wanted, load: Callable[[str], LoadReport], *, place: Place, patience: Patience | None = None
-) -> LoadReport:
+) -> LoadReport | None:
     """Load the first candidate that is good.
 
     Args:
@@ -75,10 +82,10 @@ def load_newest_good(
         patience: How long ranks wait for each other.
 
     Returns:
-        What ``load`` returned, with what was passed over put in.
+        What ``load`` returned, with what was passed over put in; None if there is no candidate.
 
     Raises:
-        UnknownCheckpoint: There is no candidate.
+        UnknownCheckpoint: The only candidate is no checkpoint.
         NoGoodCheckpoint: There are some, and all are damaged. Nothing was touched.
         RankFailed, DeadlineExceeded: A rank did not come, or went away.
         CkptdError: What ``load`` raises, of the checkpoint that was chosen.
@@ -92,7 +99,7 @@ def load_newest_good(
                 begun = time.monotonic()
                 with contextlib.ExitStack() as attempt:
                     attempt.enter_context(reading(path))
-                    fault = _agreed_fault(exchange, number, path)
+                    fault = _agreed_fault(exchange, number, path) if wanted.verified else None
                     if fault is None:
                         held.push(attempt.pop_all())
                         break
@@ -100,8 +107,10 @@ def load_newest_good(
                 logger.warning("passed over %s: %s", path, fault)
                 note("load", "fallback", path, exchange.rank, time.monotonic() - begun, error=fault)
             else:
-                if not candidates or (len(candidates) == 1 and isinstance(fault, UnknownCheckpoint)):
-                    raise UnknownCheckpoint(wanted.path)
+                if not candidates:
+                    return None
+                if len(candidates) == 1 and isinstance(fault, UnknownCheckpoint):
+                    raise fault
                 told = "; ".join(f"{os.path.basename(one.path)}: {one.reason}" for one in passed_over[:3])
                 raise NoGoodCheckpoint(wanted.path, len(passed_over), told)
         if passed_over:

@@ -105,6 +105,7 @@ def load(
         if not fallback:
             return load_one(path)
         place = place_in(process_group, no_dist=no_dist)
+        # There is a candidate at least: the path itself.
         return load_newest_good(Wanted(path, lambda: candidates_at(path)), load_one, place=place)
     if rules != LoadRules() or not verify or fallback:
         what = "strict, convert_dtype, verify or fallback with a planner or reader of your own, or an object store"
