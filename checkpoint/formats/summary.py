@@ -15,7 +15,9 @@ import numpy as np
 from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, unfinished_save
 from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.pins import is_pinned
 from ckptd.checkpoint.system import named
+from ckptd.checkpoint.user_data import UserData, decode_user_data
 from ckptd.protocol.errors import CkptdError, MissingFile, TruncatedFile
 from ckptd.staging.dtypes import OBJECT
 
@@ -44,6 +46,8 @@ class Summary:
         world_size: Number of ranks that saved it; 0 where that is not known.
         state: Whether all its files are there.
         fault: What is wrong with a damaged one, or None.
+        user: What its user said of it, or None.
+        pinned: Whether retention leaves it alone.
     """
 
     path: str
@@ -55,6 +59,8 @@ class Summary:
     world_size: int
     state: State
     fault: CkptdError | None = None
+    user: UserData | None = None
+    pinned: bool = False
 
 
 def is_checkpoint(path: str) -> bool:
@@ -113,6 +119,8 @@ def summarise(path: str, index: Index | None = None) -> Summary:
         world_size_of(index),
         State.DAMAGED if fault else State.COMPLETE,
         fault,
+        decode_user_data(index.header),
+        is_pinned(path),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from support.clients import stock_load
 from support.managed import names, spoil
 from support.nursery import state
+from support.trainers import Ranks
 from support.waiting import wait_until
 
 from ckptd.checkpoint.catalog import read_header
@@ -17,9 +18,6 @@ from ckptd.checkpoint.reading import reading
 
 CKPTD = str(Path(sys.executable).with_name("ckptd"))
 GLOO = "dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world_size)"
-FAKE_RANKS = (
-    "dist.init_process_group('fake', store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)"
-)
 
 
 def ckptd(*arguments):
@@ -267,8 +265,6 @@ class TestFallback:
 class TestRanks:
     @pytest.fixture
     def ranks(self, daemon, trainers, tmp_path):
-        from support.trainers import Ranks
-
         made = Ranks(trainers.start(GLOO_SOCKET_IFNAME="lo") for _ in range(2))
         made.do(f"{GLOO}\nforbid_collectives()", store=str(tmp_path / "store"))
         return made
