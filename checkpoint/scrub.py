@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptd.checkpoint.formats.summary import State, find_checkpoints, summarise
-from ckptd.checkpoint.verify import VerifyReport, verify_checkpoint
+from ckptd.checkpoint.verify import THREADS, VerifyReport, verify_checkpoint
 from ckptd.protocol.errors import CkptdError
 
 
@@ -29,7 +29,9 @@ class Scrubbed:
     report: VerifyReport | None = None
 
 
-def scrub(folder: str, *, threads: int = 4, progress: Callable[[int, int], None] | None = None) -> Iterator[Scrubbed]:
+def scrub(
+    folder: str, *, threads: int = THREADS, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Scrubbed]:
     """Verify the checkpoints below a folder, one after the other.
 
     Args:

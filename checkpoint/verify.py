@@ -5,6 +5,7 @@ Invariant: a fault is a result, not an end: whatever is wrong with one read, all
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -22,6 +23,8 @@ from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
 from ckptd.checkpoint.names import METADATA_NAME
 from ckptd.checkpoint.open import is_metadata_of, read_index
+from ckptd.checkpoint.read import huge_buffer
+from ckptd.checkpoint.read_files import BLOCK_BYTES, DiskFile
 from ckptd.checkpoint.reading import reading
 from ckptd.checkpoint.stock_records import WrongRecord, check_record
 from ckptd.checkpoint.system import named
@@ -29,6 +32,8 @@ from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, Tru
 
 # One read: large enough that its costs vanish beside its bytes. Smaller items are read together.
 READ_BYTES: Final = 8 << 20
+# Who hashes has nothing in the disk's queue; see READERS in ckptd.checkpoint.read.
+THREADS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class VerifyReport:
 def verify_checkpoint(
     path: str,
     *,
-    threads: int = 4,
+    threads: int = THREADS,
     progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> VerifyReport:
@@ -93,10 +98,12 @@ def _verify(
     payload_bytes = int((index.data_bytes if index.has_hashes else index.record_bytes).sum())
     faults, readable = _check_files(index, path)
     done_bytes = crcs = 0
-    verifier = _Verifier(index, path)
-    check = verifier.check if index.has_hashes else verifier.check_records
     mine = slice(share[0], None, share[1])
-    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool:
+    with (
+        contextlib.closing(_Verifier(index, path, readable)) as verifier,
+        ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool,
+    ):
+        check = verifier.check if index.has_hashes else verifier.check_records
         for found in pool.map(check, list(_batches(index, readable))[mine]):
             faults += found.faults
             crcs += found.crcs
@@ -207,12 +214,34 @@ class _Found:
 
 
 class _Verifier:
-    """Reads and hashes batches of items; one per checkpoint, used by several threads."""
+    """Reads and hashes batches of items; one per checkpoint, used by several threads.
 
-    def __init__(self, index: Index, path: str) -> None:
+    Args:
+        index: The checkpoint's index.
+        path: Its directory.
+        readable: The items whose bytes are all there.
+    """
+
+    def __init__(self, index: Index, path: str, readable: Int64) -> None:
         self._index = index
         self._path = path
         self._local = threading.local()
+        self._opening = threading.Lock()
+        self._files: dict[int, DiskFile] = {}
+        self._ends = np.zeros(len(index.files), np.int64)
+        np.maximum.at(self._ends, index.item_file[readable], (index.data_offset + index.data_bytes)[readable])
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _open(self, row: int) -> DiskFile:
+        """Return a file, which is read past the page cache where it is not in it."""
+        with self._opening:
+            if row not in self._files:
+                self._files[row] = DiskFile(f"{self._path}/{self._index.files[row]}", 0, int(self._ends[row]))
+            return self._files[row]
 
     def check_records(self, items: Int64) -> _Found:
         """Hold records of stock's, all of one file, against the CRCs in them."""
@@ -243,54 +272,40 @@ class _Verifier:
     def check(self, items: Int64) -> _Found:
         """Hold items of one file, in order of offset, against their hashes."""
         index = self._index
-        file = self._file_of(items)
         begins = index.data_offset[items]
         lengths = index.data_bytes[items]
         nbytes = int(lengths.sum())
         try:
-            descriptor = named("open", file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-            try:
-                hashes = self._hashes(descriptor, file, begins.tolist(), lengths.tolist())
-            finally:
-                os.close(descriptor)
+            file = self._open(int(index.item_file[items[0]]))
+            hashes = self._hashes(file, begins.tolist(), lengths.tolist())
         except CkptdError as error:
             return _Found(nbytes, [error])
         wrong = np.flatnonzero(np.fromiter(hashes, np.uint64, len(items)) != index.item_hash[items])
         names = [index.names[int(index.item_name[items[row]])] for row in wrong.tolist()]
-        faults = [WrongBits(file, name, int(begins[row])) for name, row in zip(names, wrong.tolist(), strict=True)]
+        faults = [
+            WrongBits(self._file_of(items), name, int(begins[row]))
+            for name, row in zip(names, wrong.tolist(), strict=True)
+        ]
         return _Found(nbytes, [*faults])
 
-    def _hashes(self, descriptor: int, file: str, begins: list[int], lengths: list[int]) -> Iterable[int]:
-        buffer = self._buffer()
-        if lengths[0] > len(buffer):
+    def _hashes(self, file: DiskFile, begins: list[int], lengths: list[int]) -> Iterable[int]:
+        end = max(begin + length for begin, length in zip(begins, lengths, strict=True))
+        if end - begins[0] > READ_BYTES:
             digest = xxhash.xxh3_64()
-            end = begins[0] + lengths[0]
-            for offset in range(begins[0], end, len(buffer)):
-                part = buffer[: min(len(buffer), end - offset)]
-                _read(descriptor, part, offset, file)
-                digest.update(part)
+            for offset in range(begins[0], end, READ_BYTES):
+                digest.update(self._read(file, offset, min(offset + READ_BYTES, end)))
             return [digest.intdigest()]
         first = begins[0]
-        end = max(begin + length for begin, length in zip(begins, lengths, strict=True))
-        _read(descriptor, buffer[: end - first], first, file)
+        data = self._read(file, first, end)
         return [
-            xxhash.xxh3_64_intdigest(buffer[begin - first : begin - first + length])
+            xxhash.xxh3_64_intdigest(data[begin - first : begin - first + length])
             for begin, length in zip(begins, lengths, strict=True)
         ]
 
-    def _buffer(self) -> memoryview:
+    def _read(self, file: DiskFile, begin: int, end: int) -> memoryview:
+        """Return a range of a file, in this thread's buffer. Raises TruncatedFile, SystemCallFailed."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(bytearray(READ_BYTES))
+            self._local.buffer = huge_buffer(READ_BYTES + 2 * BLOCK_BYTES)
         buffer: memoryview = self._local.buffer
-        return buffer
-
-
-def _read(descriptor: int, target: memoryview, offset: int, file: str) -> None:
-    """Fill ``target`` from the file. Raises TruncatedFile at its end, or SystemCallFailed."""
-    done = 0
-    while done < len(target):
-        call = partial(os.preadv, descriptor, [target[done:]], offset + done)
-        got = named("preadv", file, call)
-        if got == 0:
-            raise TruncatedFile(file, offset + len(target), offset + done)
-        done += got
+        target = buffer[: end - begin]
+        return target if file.fill(begin, [target]) else file.view(begin, end, buffer)

@@ -17,7 +17,7 @@ def scrub(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of checkpoints.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads that read and hash.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads that read and hash.")] = 8,
 ) -> None:
     """Verify every checkpoint below a folder, ours and stock's. Exit status 0: all good, 1: something is not good.
 

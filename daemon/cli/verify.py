@@ -15,7 +15,7 @@ def verify(
     path: Annotated[str, typer.Argument(help="Directory of the checkpoint.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads that read and hash.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads that read and hash.")] = 8,
 ) -> None:
     """Read a checkpoint and compare every byte with its hash. Exit status 0: good, 1: not good."""
     from ckptd.checkpoint.verify import verify_checkpoint
