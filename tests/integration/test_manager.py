@@ -15,6 +15,8 @@ from support.waiting import wait_until
 
 from ckptd.checkpoint.catalog import read_header
 from ckptd.checkpoint.reading import reading
+from ckptd.checkpoint.user_data import MOST_BYTES
+from ckptd.checkpoint.verify import verify_checkpoint
 
 CKPTD = str(Path(sys.executable).with_name("ckptd"))
 GLOO = "dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world_size)"
@@ -63,7 +65,19 @@ def test_what_is_due_is_saved_and_listed_with_what_was_said_of_it(manager, tmp_p
     latest = mine.latest()
     assert (latest.step, latest.metrics, latest.metadata) == (30, {"loss": 1 / 31}, {"epoch": 1})
     assert mine.best().step == 0
+    assert mine.save(30, state()) is None
     assert (mine.failures.in_all, mine.preempted) == (0, False)
+
+
+def test_as_much_as_may_be_said_harms_neither_seal_nor_tensors(manager, tmp_path):
+    mine = manager()
+    said = "x" * (MOST_BYTES - 100)
+    mine.save(1, {"w": torch.arange(2000.0)}, metadata=said).result(30)
+    assert verify_checkpoint(str(tmp_path / "run" / "step-1")).good
+    found = {"w": torch.zeros(2000)}
+    assert mine.restore(found).metadata == said
+    assert torch.equal(found["w"], torch.arange(2000.0))
+    stock_load(found, tmp_path / "run" / "step-1")
 
 
 def test_what_is_in_flight_or_failed_is_not_listed(manager, client, tmp_path):
@@ -260,6 +274,41 @@ class TestFallback:
         with pytest.raises(client.errors.WrongBits):
             mine.restore(state(), 2)
         assert mine.restore(state(), 2, fallback=True).step == 1
+
+
+class TestOnFailure:
+    @pytest.fixture
+    def bad(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        return tmp_path / "file" / "a"
+
+    def test_what_connect_was_told_holds_for_the_functions(self, daemon, client, tmp_path, bad):
+        client.connect(on_failure="raise", max_consecutive_failures=2)
+        assert client.async_save(state(), checkpoint_id=bad).exception(30) is not None
+        with pytest.raises(client.CheckpointException, match=str(tmp_path / "file")):
+            client.async_save(state(), checkpoint_id=tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+        client.async_save(state(), checkpoint_id=bad).exception(30)
+        with pytest.raises(client.errors.SavesFailing, match="2 saves in a row"):
+            client.save(state(), checkpoint_id=tmp_path / "b")
+        client.save(state(), checkpoint_id=tmp_path / "b")
+
+    def test_a_blocking_save_raises_once(self, daemon, client, tmp_path, bad):
+        client.connect(on_failure="raise")
+        with pytest.raises(client.CheckpointException):
+            client.save(state(), checkpoint_id=bad)
+        client.save(state(), checkpoint_id=tmp_path / "b")
+
+    def test_a_manager_has_its_own_say_or_connects(self, daemon, client, tmp_path, bad):
+        client.connect(on_failure="raise")
+        own = client.CheckpointManager(bad, client.ManagerOptions(on_failure="continue"))
+        other = client.CheckpointManager(bad)
+        for step in (1, 2):
+            assert own.save(step, state()).exception(30) is not None
+        assert own.failures.in_a_row == 2
+        assert other.save(1, state()).exception(30) is not None
+        with pytest.raises(client.CheckpointException):
+            other.save(2, state())
 
 
 class TestRanks:

@@ -159,6 +159,16 @@ class TestRanks:
 
         assert self.run(what, on_failure="raise") == [str(FULL)] * 2
 
+    @pytest.mark.parametrize("loser", [0, 1])
+    def test_a_save_that_failed_for_one_has_failed(self, loser):
+        def what(rank, mine):
+            mine.save(ended(FULL if rank == loser else None))
+            with pytest.raises(DiskFull):
+                mine.save(ended())
+            return mine.save(ended()).state
+
+        assert self.run(what, on_failure="raise") == ["committed"] * 2
+
     def test_all_pause_and_go_on_together(self):
         def what(rank, mine):
             saves = Saves(FULL, FULL, FULL, None)

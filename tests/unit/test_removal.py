@@ -57,7 +57,8 @@ def test_one_that_is_being_read_stays_and_goes_the_next_time(three):
     assert run(three).removed == ["step-1"]
 
 
-def test_readers_do_not_hold_each_other(three):
+def test_readers_do_not_hold_each_other(three, monkeypatch):
+    monkeypatch.setattr(reading_module.time, "sleep", pytest.fail)
     with reading(str(three / "step-1")), reading(str(three / "step-1")):
         assert lock_for_removal(str(three / "step-1")) is None
 

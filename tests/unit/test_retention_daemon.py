@@ -7,8 +7,11 @@ import asyncio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ckptd.daemon import jobs as daemon_job
+from ckptd.daemon.config import Config
 from ckptd.daemon.metrics import Live, Metrics
 from ckptd.daemon.retention import Retention
+from ckptd.daemon.saves import JobContext
 from ckptd.protocol.errors import WorkerDied
 from ckptd.protocol.messages import Keep, RetainDone
 
@@ -103,6 +106,25 @@ def test_a_failure_is_told_and_the_next_one_is_tried(answer, caplog):
         job.pools[0].answers.put_nowait(RetainDone([], [], []))
         await settle()
         assert job.retention.status()["last"]["errors"] == []
+
+    asyncio.run(run())
+
+
+def test_a_job_that_removes_something_is_not_idle(tmp_path):
+    async def run():
+        metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
+        job = daemon_job.Job("job", 0, identity=None, context=JobContext(Config(), metrics, print, str(tmp_path)))
+        pool = Pool()
+        job._new_pool = lambda count: pool
+        assert job.idle
+        job.retention.request("/runs", Keep(1))
+        await settle()
+        assert not job.idle
+        pool.answers.put_nowait(RetainDone([], [], []))
+        await settle()
+        assert job.idle
+        await job.close()
+        assert pool.closed
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -131,6 +132,8 @@ def test_shares_cover_all_and_do_not_repeat(folder, monkeypatch):
         found = [len(verify_checkpoint(str(path), share=(part, 3)).faults) for part in range(3)]
         assert sorted(found) == [0, 0, 1]
         flip(file, int(index.data_offset[item]))
+    flip(path / "__1_0.distcp", 1)  # of no item
+    assert sorted(len(verify_checkpoint(str(path), share=(part, 3)).faults) for part in range(3)) == [0, 0, 1]
 
 
 class TestTheCommand:
@@ -165,6 +168,14 @@ class TestTheCommand:
             "stock": "good",
         }
         assert by_name["step-2"]["faults"][0]["code"] == "missing_file"
+
+    def test_a_bar_is_drawn_where_somebody_looks(self, folder, capsys, monkeypatch):
+        monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
+        monkeypatch.setenv("TERM", "xterm")
+        code, out, err = self.run(capsys, folder)
+        assert code == 0
+        assert "3 good" in out
+        assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in err
 
     @pytest.mark.parametrize("arguments", [(), ("/x", "--threads", "0"), ("/x", "--no-such"), ("/x", "/y")])
     def test_wrong_usage_is_2(self, capsys, arguments):
