@@ -17,8 +17,8 @@ import msgspec
 
 from ckptd.client.exchange import Exchange, Place
 from ckptd.client.failures import USAGE, as_failure
-from ckptd.client.futures import SaveFuture
-from ckptd.protocol.errors import CkptdError, ErrorReport, Unsupported, from_report
+from ckptd.client.futures import SaveFuture, failed_save
+from ckptd.protocol.errors import CkptdError, ErrorReport, LifecycleError, Unsupported, from_report
 from ckptd.protocol.failing import ON_FAILURE, FailureRules, OnFailure, Pause, Raise
 from ckptd.protocol.transient import Backoff
 
@@ -37,12 +37,15 @@ class FailureOptions:
             does not return before a save has worked, trying again with growing pauses.
         max_consecutive_failures: After so many in a row the next call raises in any case; None: never.
         pause_timeout_s: For how long ``"pause"`` tries before it raises, in seconds.
+        catches: Whether a call that cannot reach the daemon counts as a failed save instead of raising, once a save
+            has been begun; before that it is a mistake in the set-up.
         pauses: The waits in between.
     """
 
     on_failure: OnFailure = "continue"
     max_consecutive_failures: int | None = None
     pause_timeout_s: float = 600.0
+    catches: bool = False
     pauses: Backoff = _PAUSES
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class FailurePolicy:
         self._lock = threading.Lock()
         self._rules = FailureRules(options.on_failure, options.max_consecutive_failures)
         self._begun = 0
+        self._worked = False  # whether a save has been begun, ever
 
     @property
     def count(self) -> FailureCount:
@@ -92,12 +96,15 @@ class FailurePolicy:
             failures = self._rules.in_a_row()
             return FailureCount(self._rules.failed_in_all, len(failures), failures[0] if failures else None)
 
-    def save(self, begin: Callable[[], SaveFuture], *, told: bool = False) -> SaveFuture:
+    def save(
+        self, begin: Callable[[], SaveFuture], *, told: bool = False, checkpoint_id: str | None = None
+    ) -> SaveFuture:
         """Begin a save, unless failures before it say otherwise. All ranks must call it alike.
 
         Args:
             begin: Begins it.
             told: The caller waits for the outcome by itself, so that a failure need not be raised once more.
+            checkpoint_id: Of the save, as its future tells it if it cannot be begun; None: then it is raised.
 
         Raises:
             SavesFailing: Too many failed in a row.
@@ -109,14 +116,20 @@ class FailurePolicy:
                     raise as_failure(error)
                 case Pause(error):
                     return self._insist(begin, error)
-        return self._begin(begin, told=told)
+        return self._begin(begin, told=told, checkpoint_id=checkpoint_id)
 
-    def _begin(self, begin: Callable[[], SaveFuture], *, told: bool) -> SaveFuture:
+    def _begin(self, begin: Callable[[], SaveFuture], *, told: bool, checkpoint_id: str | None = None) -> SaveFuture:
         self._begun += 1
         number = self._begun
         if told:
             self._rules.note_raised(number)
-        future = begin()
+        try:
+            future = begin()
+        except LifecycleError as error:  # no daemon, say: there may be one again
+            if checkpoint_id is None or not (self._worked and self.options.catches):
+                raise
+            future = failed_save(checkpoint_id, error)
+        self._worked = True
         future.add_done_callback(lambda done: self._note(number, done))
         return future
 

@@ -135,6 +135,17 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         note("save", phase, self.checkpoint_id, self.rank, seconds, nbytes=nbytes, error=error)
 
 
+def failed_save(checkpoint_id: str, error: CkptdError) -> SaveFuture:
+    """Return the future of a save that could not even be begun."""
+
+    def no_metadata() -> Metadata:
+        raise error
+
+    save = SaveFuture(checkpoint_id, no_metadata)
+    save.note_failed(error)
+    return save
+
+
 def open_saves() -> list[SaveFuture]:
     """Return the saves of this process that have not ended, the oldest first."""
     return list(_open.values())

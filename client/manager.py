@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -88,6 +89,7 @@ class CheckpointManager:
             on_failure=options.on_failure,
             max_consecutive_failures=options.max_consecutive_failures,
             pause_timeout_s=options.pause_timeout_s,
+            catches=options.on_failure != "raise",
         )
         return FailurePolicy(failing, place=lambda: place_in(self._group, no_dist=self._no_dist))
 
@@ -159,7 +161,8 @@ class CheckpointManager:
         if due or force:
             begun = time.monotonic()
             policy = self._own_policy or policy_for(self._group, no_dist=self._no_dist)
-            future = policy.save(lambda: self._begin(step, state_dict, data, blocking=leaves))
+            begin = partial(self._begin, step, state_dict, data, blocking=leaves)
+            future = policy.save(begin, checkpoint_id=self._path(step))
             self._cadence.note_saved(step, begun)
         if handler is not None and leaves:
             report = drain(_LEAVE_S, until="staged")

@@ -60,7 +60,7 @@ def async_save(
             return session.save(state_dict, mine)
         return _save_staged_by(users_stager, state_dict, lambda staged: session.save(staged, mine))
 
-    return policy_for(process_group, no_dist=no_dist).save(begin)
+    return policy_for(process_group, no_dist=no_dist).save(begin, checkpoint_id=request.checkpoint_id)
 
 
 @as_checkpoint_failure()

@@ -82,7 +82,10 @@ def connect(
         progress_timeout_s=progress_timeout_s,
     )
     failing = FailureOptions(
-        on_failure=on_failure, max_consecutive_failures=max_consecutive_failures, pause_timeout_s=pause_timeout_s
+        on_failure=on_failure,
+        max_consecutive_failures=max_consecutive_failures,
+        pause_timeout_s=pause_timeout_s,
+        catches=on_failure == "pause",
     )
     if (rank is None) != (world_size is None):
         raise Unsupported("rank without world_size, or the other way round", "give both or neither")

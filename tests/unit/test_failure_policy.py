@@ -85,6 +85,32 @@ def test_the_limit_ends_a_run_that_only_logs():
         mine.save(ended())
 
 
+class TestWithoutADaemon:
+    GONE = DaemonUnavailable("/run", "gone")
+
+    def test_the_first_save_raises_whatever_was_told(self):
+        for on_failure in ("continue", "raise", "pause"):
+            with pytest.raises(DaemonUnavailable):
+                policy(on_failure=on_failure, catches=True).save(Saves(self.GONE), checkpoint_id="/runs/step-1")
+
+    def test_a_later_one_has_failed_and_the_next_one_is_tried(self):
+        mine, saves = policy(catches=True), Saves(None, self.GONE, None)
+        mine.save(saves, checkpoint_id="/runs/step-1")
+        failed = mine.save(saves, checkpoint_id="/runs/step-2")
+        assert (failed.state, failed.checkpoint_id) == ("failed", "/runs/step-2")
+        assert failed.staging_completion.exception() is not None
+        with pytest.raises(DaemonUnavailable):
+            failed.result()
+        assert mine.count.in_a_row == 1
+        assert mine.save(saves, checkpoint_id="/runs/step-3").state == "committed"
+
+    def test_it_raises_where_nobody_asked_for_more(self):
+        mine, saves = policy(), Saves(None, self.GONE)
+        mine.save(saves, checkpoint_id="/runs/step-1")
+        with pytest.raises(DaemonUnavailable):
+            mine.save(saves, checkpoint_id="/runs/step-2")
+
+
 class TestPause:
     def test_saves_again_and_again_until_it_works(self, caplog):
         mine, saves = policy(on_failure="pause"), Saves(FULL, FULL, DaemonUnavailable("/run", "gone"), FULL, None, None)
