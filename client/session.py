@@ -28,6 +28,9 @@ from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.client.waves import Ring, WaveSave, stage_in_waves
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+)
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
@@ -44,7 +47,6 @@ from ckptd.protocol.messages import (
     Aborted,
     Assigned,
     Attach,
-    CacheAnswer,
     Committed,
     DaemonMessage,
     Fenced,
@@ -215,7 +217,7 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop(orphaned=isinstance(self._error, DaemonLost))
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost) or self._link.resuming)
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 

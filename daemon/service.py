@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.checkpoint.names import is_canonical
 from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
@@ -30,10 +31,13 @@ from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
 from ckptd.protocol import errors
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.messages import (
     Attach,
     Attached,
-    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
@@ -41,9 +45,9 @@ from ckptd.protocol.messages import (
     GaveUp,
     Heartbeat,
     OpenArena,
-    OpenCache,
     Propose,
     Resume,
+    Retain,
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
@@ -374,6 +378,10 @@ class Daemon:
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
+            case Retain():
+                if not is_canonical(message.root):
+                    raise errors.BadMessage(f"folder {message.root!r}, which is no absolute path")
+                job.retention.request(message.root, message.keep)
             case Detach():
                 self.lose(session, "left")
             case _:

@@ -12,6 +12,7 @@ from ckptd.daemon.cli.diff import diff
 from ckptd.daemon.cli.extract import extract
 from ckptd.daemon.cli.inspect import inspect
 from ckptd.daemon.cli.ls import ls
+from ckptd.daemon.cli.scrub import scrub
 from ckptd.daemon.cli.serve import serve
 from ckptd.daemon.cli.status import status
 from ckptd.daemon.cli.verify import verify
@@ -42,5 +43,5 @@ def _root(
     """A checkpoint daemon for PyTorch."""
 
 
-for _command in (serve, status, ls, inspect, verify, diff, extract, convert):
+for _command in (serve, status, ls, inspect, verify, scrub, diff, extract, convert):
     app.command()(_command)
