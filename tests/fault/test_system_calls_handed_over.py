@@ -16,9 +16,18 @@ from support.waiting import wait_until
 import ckptd.client
 from ckptd.client import sessions
 
-CALLS = ("openat", "mkdir", "fallocate", "pwrite64", "write", "ftruncate", "fsync", "renameat2", "unlinkat")
-# Which of a thread's calls fails; a save of four files makes between one and some twenty of each.
-NUMBERS = (1, 2, 3, 5, 8, 13)
+# Which of a thread's calls fails, of those that a save of four files makes.
+CALLS = {
+    "openat": (1, 2, 3, 5, 8, 13),
+    "mkdir": (1, 2),
+    "fallocate": (1, 2, 3),
+    "pwrite64": (1, 2, 3, 5, 8),
+    "write": (1, 2),
+    "ftruncate": (1, 2, 3),
+    "fsync": (1, 2, 3, 5, 8),
+    "renameat2": (1, 2),
+    "unlinkat": (1, 2, 3, 5),
+}
 NAMES = ("a", "b", "c", "d")
 
 
@@ -59,17 +68,15 @@ def daemon(tmp_path_factory):
             runtime.close()
 
 
-@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("call", "number"), [(call, number) for call, numbers in CALLS.items() for number in numbers])
 def test_a_call_that_fails_once(daemon, tmp_path, call, fault, number):
     path, log = tmp_path / "root" / "a", tmp_path / "calls.log"
     save(path, 1.0).result(30)
     (path / "notes.txt").write_text("mine")
     with traced(daemon.workers(2), log, calls=call, inject=[f"{call}:error={fault}:when={number}"]):
         error = save(path, 2.0).exception(30)
-    if not any("INJECTED" in text for _, text in lines(log)):
-        pytest.skip("no thread makes so many such calls in this save")
+    assert any("INJECTED" in text for _, text in lines(log))
     if error is not None:
         assert os.strerror(getattr(errno, fault)) in str(error)
     assert_holds(path, 1.0 if error else 2.0)
