@@ -80,6 +80,16 @@ def test_of_two_ranks_that_ask_at_once_for_room_for_one_exactly_one_is_served(mo
         wait_until(lambda: not list(daemon.runtime.arenas.rglob("*.arena")), "the end of the one that was made")
 
 
+def test_a_state_that_grows_needs_no_room_for_the_arena_it_had_before(mounts, start_daemon, client, tmp_path):
+    """A worker still has the old one mapped: its pages must go all the same."""
+    shm = mounts.tmpfs(mib=24, name="shm")
+    start_daemon(shm_dir=str(shm))
+    client.save(state(4), checkpoint_id=tmp_path / "a")
+    client.save(state(8, 2.0), checkpoint_id=tmp_path / "b")
+    assert_holds(tmp_path / "a", mib=4)
+    assert_holds(tmp_path / "b", mib=8, value=2.0)
+
+
 def test_memory_that_is_kept_in_reserve_is_not_given_to_arenas(start_daemon, client):
     start_daemon(memory_reserve_fraction=0.999)
     with pytest.raises(RuntimeError, match=r"MemAvailable.* leaves 0 free; .*bytes kept in reserve"):
