@@ -176,5 +176,5 @@ class _Waves:
                 nbytes=end - begin,
             )
         )
-        slot.set_state(SlotState.SEALED, sequence=self._save.sequence, seal=seal)
+        slot.seal(seal, sequence=self._save.sequence)
         self._ring.send(seal)

@@ -1,7 +1,8 @@
 """Images that come in waves: has each wave written while the next one is staged, and gives its slot back.
 
 What a worker dies of is done again: a slot is freed only when its wave is in the file, where no process can lose it.
-What a trainer has not staged to the end is abandoned with its save; so is all of it if the daemon dies.
+What a trainer has not staged to the end is abandoned with its save. A successor of this daemon knows from the journal
+which waves are in the file, and goes on behind them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Protocol, cast
 
 from ckptd.checkpoint.names import image_name
 from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, RankWaves
+from ckptd.daemon.generation import Generation, RankWaves
+from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.sessions import ArenaFile, Session
 from ckptd.daemon.supervisor import WorkerPool
+from ckptd.daemon.tasks import plan_of
 from ckptd.protocol.errors import CkptdError, UnexpectedError, WriteIncomplete
 from ckptd.protocol.messages import (
     DaemonMessage,
@@ -29,6 +32,7 @@ from ckptd.staging.arena import SlotState, slot_offset
 class Crew(Protocol):
     """Whose ranks stage."""
 
+    log: JobLog
     sessions: dict[int, Session]
     pool: WorkerPool | None
 
@@ -52,6 +56,12 @@ class SaveHooks:
     send: Callable[[Session, DaemonMessage], None]
 
 
+def wave_of(seal: Sealed | WaveSealed) -> Wave:
+    """Return the wave that a seal tells of."""
+    begin, nbytes = part_of(seal)
+    return Wave(begin, nbytes, seal.slot, seal.control_bytes)
+
+
 class Waves:
     """The waves of one job's saves.
 
@@ -64,18 +74,30 @@ class Waves:
     def __init__(self, crew: Crew, config: Config, hooks: SaveHooks) -> None:
         self._crew, self._config, self._hooks = crew, config, hooks
 
-    def take(self, generation: Generation, session: Session, seal: Sealed | WaveSealed, arena: ArenaFile) -> None:
+    def take(self, generation: Generation, rank: int, seal: Sealed | WaveSealed, arena: ArenaFile) -> None:
         """Have a sealed wave written. Raises BadMessage if it is no part of its image, or overlaps another one."""
-        rank = session.rank
         if generation.rules.decided:  # it failed, and is being cleaned up: nothing is written any more
             self._free(rank, arena, seal.slot)
             return
         mine = generation.waves.get(rank)
         if mine is None:
             mine = generation.waves[rank] = RankWaves(WaveRing(seal.image_bytes), arena)
-        begin, nbytes = part_of(seal)
-        control_bytes = seal.control_bytes
-        self._perform(generation, rank, mine.ring.staged(Wave(begin, nbytes, seal.slot, control_bytes)))
+        wave = wave_of(seal)
+        known = mine.ring.has_heard_of(wave)
+        actions = mine.ring.staged(wave)
+        if not known:
+            self._crew.log.wave(generation, rank, seal, arena)
+        self._perform(generation, rank, actions)
+
+    def go_on(self, generation: Generation, rank: int) -> None:
+        """Go on with the waves that a daemon before us has taken: those that are in the file are not written again."""
+        mine = generation.waves[rank]
+        for wave, written in sorted(mine.left, key=lambda left: (not left[1], left[0].begin)):
+            actions = mine.ring.staged(wave)
+            if written:  # its slot is the client's again, and may hold another wave
+                actions = [action for action in mine.ring.written(wave.begin) if not isinstance(action, FreeSlot)]
+            self._perform(generation, rank, actions)
+        mine.left.clear()
 
     def _perform(self, generation: Generation, rank: int, actions: list[Action]) -> None:
         mine = generation.waves[rank]
@@ -116,10 +138,11 @@ class Waves:
             return
         mine.write_s += done.write_s
         mine.direct = mine.direct and done.direct
+        self._crew.log.wave_written(generation, rank, wave.begin)
         self._perform(generation, rank, mine.ring.written(wave.begin))
         self._hooks.progress(generation, rank, mine.ring.written_bytes)
 
-    async def finish(self, generation: Generation, rank: int, plan: CurrentPlan) -> FinishWavesTask:
+    async def finish(self, generation: Generation, rank: int) -> FinishWavesTask:
         """Wait until a sealed image is in its file, and return what makes it durable.
 
         Raises:
@@ -132,7 +155,7 @@ class Waves:
             raise WriteIncomplete(rank, mine.ring.image_bytes, mine.ring.staged_bytes)
         await mine.all_written.wait()  # the deadline is that of the save: each wave is news, and silence ends it
         return FinishWavesTask(
-            plan_path=plan.path,
+            plan_path=plan_of(generation).path,
             rank=rank,
             object_bytes=message.object_bytes,
             directory=generation.directory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
 
 
 class WaveSealed(Message, frozen=True, tag="wave_sealed"):
@@ -11,7 +11,7 @@ class WaveSealed(Message, frozen=True, tag="wave_sealed"):
     Answer: SlotFreed, once they are in the file. The same bytes stand in the slot's control area.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     arena: int

@@ -94,13 +94,17 @@ class WaveRing:
         """Slots that are not the client's."""
         return [wave.slot for wave in self._held.values()]
 
+    def has_heard_of(self, wave: Wave) -> bool:
+        """Return whether a wave was staged before; it may be written since."""
+        return self._end_of.get(wave.begin) == wave.end
+
     def staged(self, wave: Wave) -> list[Action]:
         """Take a staged wave.
 
         Raises:
             BadMessage: It is no part of the image, or overlaps another wave.
         """
-        if self._end_of.get(wave.begin) == wave.end:
+        if self.has_heard_of(wave):
             return []  # heard twice: by message and by the slot's control area
         if not 0 <= wave.begin < wave.end <= self.image_bytes:
             raise BadMessage(f"a wave of bytes {wave.begin} to {wave.end} of an image of {self.image_bytes}")

@@ -10,6 +10,7 @@ NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Hash = Annotated[int, msgspec.Meta(ge=0)]  # a hash: all 64 bits
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
+Sequence = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # numbers the saves of a session
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 

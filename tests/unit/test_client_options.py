@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.staging import (
 
 from ckptd import client
 from ckptd.client import sessions
-from ckptd.client.options import SessionOptions
-from ckptd.client.session import SaveRequest
+from ckptd.client.options import SaveRequest, SessionOptions
 from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
 

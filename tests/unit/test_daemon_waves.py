@@ -8,13 +8,17 @@ import os
 import pytest
 
 from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, Seal
+from ckptd.daemon.generation import CurrentPlan, Generation, RankWaves, Seal
+from ckptd.daemon.job_log import JobLog
+from ckptd.daemon.journal import Journal
+from ckptd.daemon.records import WaveRecord
 from ckptd.daemon.sessions import ArenaFile, Peer, Session
 from ckptd.daemon.waves import SaveHooks, Waves
 from ckptd.protocol.errors import BadMessage, DiskFull, UnexpectedError, WriteIncomplete
-from ckptd.protocol.messages import PlanDone, Sealed, SlotFreed
+from ckptd.protocol.messages import Sealed, SlotFreed
 from ckptd.protocol.save import RankFell, RankStages, SaveRules
 from ckptd.protocol.wave_messages import WaveSealed, WaveWritten, WriteWaveTask
+from ckptd.protocol.waves import Wave, WaveRing
 from ckptd.staging.arena import SlotState, create_arena
 
 PAGE = 4096
@@ -47,7 +51,9 @@ class Crew:
         self.session = Session(Peer(1, 0, 0), None, 0, 1)
         self.session.arenas[5] = self.arena
         self.sessions = {0: self.session}
-        plan = CurrentPlan("/plan", ("d",), (b"",), PlanDone([b""], [IMAGE_BYTES]))
+        plan = CurrentPlan("/plan", ("d",), (IMAGE_BYTES,), (1, 9))
+        self.journal = Journal(str(tmp_path))
+        self.log = JobLog(self.journal, 1)
         self.generation = Generation(1, 9, "save", SaveRules(1, ("d",), (IMAGE_BYTES,)), plan)
         self.generation.rules.handle(RankStages(0, "/runs/7", "d", IMAGE_BYTES))
         hooks = SaveHooks(
@@ -61,7 +67,7 @@ class Crew:
 
     async def take(self, begin, slot, nbytes=PAGE):
         wave = WaveSealed(9, "/runs/7", "d", 5, slot, 2 * PAGE, IMAGE_BYTES, begin, nbytes)
-        self.waves.take(self.generation, self.session, wave, self.arena)
+        self.waves.take(self.generation, 0, wave, self.arena)
         await asyncio.sleep(0)
 
     async def write(self, error=None):
@@ -86,6 +92,7 @@ class Crew:
 def crew(tmp_path):
     crew = Crew(tmp_path)
     yield crew
+    crew.journal.close()
     os.close(crew.arena.descriptor)
 
 
@@ -115,7 +122,7 @@ def test_an_image_of_which_all_is_written_is_made_durable_with_the_clients_hashe
         for slot, begin in enumerate((0, PAGE, 2 * PAGE)):
             await crew.take(begin, slot)
         crew.seal()
-        finishing = asyncio.create_task(crew.waves.finish(crew.generation, 0, crew.generation.plan))
+        finishing = asyncio.create_task(crew.waves.finish(crew.generation, 0))
         for _ in range(3):
             await asyncio.sleep(0)
             assert not finishing.done()
@@ -133,10 +140,10 @@ def test_a_seal_that_comes_without_some_waves_is_no_image(crew):
     async def scenario():
         crew.seal()
         with pytest.raises(UnexpectedError, match="no wave was heard"):
-            await crew.waves.finish(crew.generation, 0, crew.generation.plan)
+            await crew.waves.finish(crew.generation, 0)
         await crew.take(2 * PAGE, 2)
         with pytest.raises(WriteIncomplete) as caught:
-            await crew.waves.finish(crew.generation, 0, crew.generation.plan)
+            await crew.waves.finish(crew.generation, 0)
         assert (caught.value.planned_bytes, caught.value.written_bytes) == (IMAGE_BYTES, PAGE)
         await crew.write()
 
@@ -199,3 +206,63 @@ def test_a_session_knows_a_wave_that_is_none_of_its_own(crew, change):
     wave = WaveSealed(9, "/runs/7", "d", image_bytes=IMAGE_BYTES, **fields)
     with pytest.raises(BadMessage):
         crew.session.check(wave)
+
+
+class TestAfterARestart:
+    """A daemon goes on with the waves that the one before it has taken."""
+
+    def left(self, crew, *written):
+        """Leave three waves, of which some are written, to a daemon that knows of none."""
+        mine = RankWaves(WaveRing(IMAGE_BYTES), crew.arena)
+        mine.left = [(Wave(page * PAGE, PAGE, page, 2 * PAGE), page in written) for page in range(3)]
+        crew.generation.waves[0] = mine
+        for page in range(3):
+            crew.arena.set_state(page, SlotState.FREE if page in written else SlotState.PERSISTING, 9)
+
+    def test_only_what_is_not_written_is_written(self, crew):
+        async def scenario():
+            self.left(crew, 0)
+            crew.waves.go_on(crew.generation, 0)
+            await asyncio.sleep(0)
+            assert [(task.begin, task.first) for task in crew.pool.tasks] == [(PAGE, False), (2 * PAGE, False)]
+            crew.seal()
+            finishing = asyncio.create_task(crew.waves.finish(crew.generation, 0))
+            await crew.write()
+            await crew.write()
+            assert (await finishing).image_bytes == IMAGE_BYTES
+            assert crew.sent == [SlotFreed(5, 1), SlotFreed(5, 2)]  # slot 0 is the client's, and may be in use again
+
+        run(scenario)
+
+    def test_where_nothing_is_written_the_file_is_made_anew(self, crew):
+        async def scenario():
+            self.left(crew)
+            crew.waves.go_on(crew.generation, 0)
+            await asyncio.sleep(0)
+            assert [(task.begin, task.first) for task in crew.pool.tasks] == [(0, True)]
+            for _ in range(3):
+                await crew.write()
+            assert len(crew.pool.tasks) == 3
+
+        run(scenario)
+
+    def test_what_is_all_written_is_only_finished(self, crew):
+        async def scenario():
+            self.left(crew, 0, 1, 2)
+            crew.waves.go_on(crew.generation, 0)
+            crew.seal()
+            assert (await crew.waves.finish(crew.generation, 0)).image_bytes == IMAGE_BYTES
+            assert crew.pool.tasks == []
+
+        run(scenario)
+
+    def test_a_wave_is_in_the_journal_before_it_is_written_and_its_end_before_its_slot_is_free(self, crew):
+        async def scenario():
+            await crew.take(0, 1)
+            assert [(record.begin, record.written) for record in crew.journal.read(WaveRecord)] == [(0, False)]
+            await crew.take(0, 1)  # heard twice
+            await crew.write()
+            await crew.take(0, 1)
+            assert [(record.begin, record.written) for record in crew.journal.read(WaveRecord)] == [(0, True)]
+
+        run(scenario)
