@@ -381,9 +381,10 @@ class Session:
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
         reach(CrashPoint.CLIENT_ASSIGNED)
-        self._layout = layout = make_rank_layout(
-            structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes
-        )
+        layout = make_rank_layout(structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes)
+        with self._lock:
+            if save.sequence in self._saves:  # else it has failed meanwhile, and nobody knows this plan any more
+                self._layout = layout
         return layout
 
     def _claim_room(self, save: SaveUnderWay, layout: RankLayout) -> None:
@@ -441,8 +442,10 @@ class Session:
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
             case Aborted():
-                if news.replan:
-                    self._layout = None
+                with self._lock:
+                    self._saves.pop(save.sequence, None)
+                    if news.replan:
+                        self._layout = None
                 self._end(save, from_report(news.error))
 
     def _end(self, save: SaveUnderWay, error: CkptdError) -> None:

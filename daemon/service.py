@@ -52,7 +52,7 @@ from ckptd.protocol.messages import (
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
 from ckptd.protocol.wave_messages import WaveSealed
-from ckptd.staging.arena import SlotState, arena_bytes, create_arena
+from ckptd.staging.arena import SlotState, arena_bytes, create_arena, discard_pages
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +314,8 @@ class Daemon:
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
+        for number_before in session.arenas.keys() - job.saves.busy_arenas:
+            discard_pages(session.arenas[number_before].descriptor)  # the client has dropped it, or it would not ask
         job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
