@@ -94,7 +94,8 @@ class Job:
             identity=self._identity,
             users_code=users_code,
         )
-        pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
+        metrics = self._context.metrics
+        pool = WorkerPool(settings, on_restart=metrics.worker_restarted, on_retry=metrics.work_retried)
         pool.start()
         return pool
 
@@ -181,6 +182,7 @@ class Job:
             "uid": self.uid,
             "world_size": self.roster.world_size,
             "workers": self.worker_pids,
+            "interval_s": self.saves.watch.cadence.interval_s,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
         }

@@ -23,6 +23,7 @@ from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.metrics import Metrics
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
+from ckptd.daemon.watch import SaveWatch
 from ckptd.protocol import save as rules
 from ckptd.protocol.errors import (
     BadMessage,
@@ -30,7 +31,6 @@ from ckptd.protocol.errors import (
     DeadlineExceeded,
     ErrorReport,
     RankLost,
-    SaveSkipped,
     ShuttingDown,
     UnexpectedError,
     from_report,
@@ -109,7 +109,8 @@ class Saves:
 
     def __init__(self, crew: Crew, context: JobContext) -> None:
         self._crew = crew
-        self._config, self._metrics, self._send = context.config, context.metrics, context.send
+        self._config, self._send = context.config, context.send
+        self.watch = SaveWatch(context.metrics)
         self.generations: dict[tuple[int, int], Generation] = {}
         self.history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self._verdicts: dict[tuple[int, int], ErrorReport | None] = {}
@@ -183,10 +184,7 @@ class Saves:
         if session.rank in generation.seals:
             return
         generation.seals[session.rank] = Seal(message, arena)
-        self._metrics.observe_phase("stage", message.stage_s)
-        self._metrics.observe_phase("plan", message.plan_s)
-        self._metrics.observe_stall(message.stall_s)
-        self._metrics.staged(message.image_bytes)
+        self.watch.sealed(generation, session.rank, message)
         if message.code_bytes:
             self._apply(generation, rules.RankHandedOver(session.rank, message.checkpoint_id))
             return
@@ -322,16 +320,14 @@ class Saves:
             reply = await self._pool().run(
                 task,
                 on_progress=lambda done: self._progress(generation, rank, done),
-                on_start=lambda waited: self._metrics.observe_phase("queue", waited),
+                on_start=lambda waited: self.watch.writing_began(generation, waited),
             )
         except CkptdError as error:
             self._apply(generation, rules.Broke(error, rank))
             return
         done = cast(WriteDone, reply)
         generation.written[rank] = done
-        self._metrics.observe_phase("write", done.write_s)
-        self._metrics.observe_phase("fsync", done.fsync_s)
-        self._metrics.written(done.bytes_written)
+        self.watch.written(generation, done)
         self._progress(generation, rank, done.bytes_written)
         self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
 
@@ -352,9 +348,8 @@ class Saves:
             HandOverDone, await pool.run(hand_over_task(generation), on_progress=lambda _: generation.note_news())
         )
         generation.metadata = done.metadata
-        self._metrics.observe_phase("write", time.monotonic() - begun)
-        self._metrics.written(generation.bytes_total)
-        self._metrics.committed(generation.bytes_total, generation.seconds, now=time.time())
+        self.watch.handed_over(generation, time.monotonic() - begun)
+        self.watch.committed(generation, generation.bytes_total)
         self._apply(generation, rules.Published())
 
     async def _older_ones_end(self, generation: Generation) -> None:
@@ -389,10 +384,10 @@ class Saves:
             },
         )
         done = cast(CommitDone, await self._pool().run(task))
-        self._metrics.observe_phase("commit", time.monotonic() - begun)
+        self.watch.took(generation, "commit", time.monotonic() - begun)
         if plan is self._plan:
             self._plan_committed = True
-        self._metrics.committed(done.bytes_total, generation.seconds, now=time.time())
+        self.watch.committed(generation, done.bytes_total)
         self._apply(generation, rules.Published())
 
     def _announce_commit(self, generation: Generation) -> None:
@@ -409,10 +404,7 @@ class Saves:
             "failed %s (job %s, save %d): %s",
             generation.rules.checkpoint_id, self._crew.name, generation.sequence, action.error,
         )  # fmt: skip
-        if isinstance(action.error, SaveSkipped):
-            self._metrics.skipped()
-        else:
-            self._metrics.failed(action.error)
+        self.watch.failed(action.error)
         replan = action.replan or not self._plan_committed
         if replan and generation.incarnation == self._crew.roster.incarnation:
             self._plan, self._plan_committed = None, False  # a plan enters the cache only after a commit

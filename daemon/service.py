@@ -13,20 +13,22 @@ import shutil
 import signal
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ckptd import __version__
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
+from ckptd.daemon.gate import load_token
 from ckptd.daemon.http import HttpServer, start_http
 from ckptd.daemon.jobs import Job
+from ckptd.daemon.live import Observer, room_status
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.router import Router
 from ckptd.daemon.saves import JobContext
 from ckptd.daemon.sessions import ArenaFile, Peer, Session
 from ckptd.daemon.supervisor import Identity
+from ckptd.daemon.volumes import VolumeWatch
 from ckptd.protocol import errors
 from ckptd.protocol.messages import (
     Attach,
@@ -43,7 +45,7 @@ from ckptd.protocol.messages import (
     Propose,
     Sealed,
 )
-from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
+from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
 from ckptd.staging.arena import create_arena
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,9 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._volumes = VolumeWatch(config.shm_dir)
+        self._observer = Observer(self._volumes)
+        self._http: HttpServer | None = None
         self._jobs: dict[tuple[int, str], Job] = {}
         self._job_of: dict[Session, Job] = {}
         self._sessions: dict[bytes, Session] = {}
@@ -111,8 +116,9 @@ class Daemon:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
                 os.chmod(message_endpoint(self._place.runtime).removeprefix("ipc://"), 0o666)
-            http = await start_http(self._place.http, self, self.metrics)
+            self._http = http = await self._start_http()
             self._http_address = http.address
+            self._volumes.start()
             _write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
@@ -126,6 +132,15 @@ class Daemon:
             await asyncio.gather(attaching, routing, ticking, return_exceptions=True)
         finally:
             await self._tear_down(listener, http, lock)
+
+    async def _start_http(self) -> HttpServer:
+        token = load_token(self._config)
+        most = self._config.http_connections
+        server = await start_http(self._place.http, self, self.metrics, token=token, most_connections=most)
+        if token is not None:
+            # For `ckptd status`, which is ours if it can read this.
+            _write_text(http_token_file(self._place.runtime), token + "\n", mode=0o600)
+        return server
 
     def _prepare_directories(self) -> int:
         runtime = self._place.runtime
@@ -175,7 +190,8 @@ class Daemon:
             self._router.close()
         runtime = self._place.runtime
         messages_socket = message_endpoint(runtime).removeprefix("ipc://")
-        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime)):
+        self._volumes.close()
+        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime), http_token_file(runtime)):
             if os.path.lexists(path):
                 os.unlink(path)
         shutil.rmtree(self._root, ignore_errors=True)
@@ -319,25 +335,15 @@ class Daemon:
             "runtime_dir": self._place.runtime,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
+            "now_unix_s": now,
+            "last_commit_unix_s": self.metrics.last_commit_s,
+            "volumes": room_status(self._volumes.rooms()),
             "workers": [pid for job in self._jobs.values() for pid in job.worker_pids],
             "jobs": jobs,
         }
 
     def _live(self) -> Live:
-        slots = Counter({"free": 0, "staging": 0, "sealed": 0, "persisting": 0})
-        arena_bytes = 0
-        for session in self._sessions.values():
-            for arena in session.arenas.values():
-                slots.update(state.name.lower() for state, _ in arena.states())
-                arena_bytes += arena.slots * arena.slot_bytes
-        pools = [job.pool for job in self._jobs.values() if job.pool is not None]
-        return Live(
-            slots=dict(slots),
-            queue_depth=sum(pool.depth for pool in pools),
-            sessions=len(self._sessions),
-            workers=sum(len(pool.pids) for pool in pools),
-            arena_bytes=arena_bytes,
-        )
+        return self._observer.observe(self._jobs.values(), self._sessions.values(), self._http)
 
 
 def _identity(peer: Peer) -> Identity | None:
@@ -367,8 +373,9 @@ def _listen(path: str, *, everyone: bool) -> socket.socket:
     return listener
 
 
-def _write_text(path: str, text: str) -> None:
+def _write_text(path: str, text: str, *, mode: int = 0o666) -> None:
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)

@@ -147,9 +147,15 @@ def _worker_environment() -> dict[str, str]:
 class WorkerPool:
     """The workers of one job: ``settings.count`` processes that take tasks from one queue, oldest first."""
 
-    def __init__(self, settings: WorkerSettings, *, on_restart: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        on_restart: Callable[[], None],
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
-        self._on_restart = on_restart
+        self._on_restart, self._on_retry = on_restart, on_retry
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
         self._processes: dict[int, _WorkerProcess] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -242,6 +248,8 @@ class WorkerPool:
     async def _perform(self, number: int, job: _Job) -> None:
         error: CkptdError = ShuttingDown()
         for attempt in range(1, self._settings.attempts + 1):
+            if attempt > 1:
+                self._on_retry()
             try:
                 worker = await self._worker(number)
             except OSError as failed:

@@ -1,11 +1,14 @@
 import asyncio
 import json
+import re
 import socket
+from importlib.resources import files
 
 import pytest
 from aiohttp import ClientSession
 
-from ckptd.daemon.http import _listen, is_our_host, render_page, start_http
+from ckptd.daemon.gate import is_our_host
+from ckptd.daemon.http import _listen, start_http
 from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
@@ -91,23 +94,27 @@ def test_head_is_answered_and_nothing_else_than_reading_is():
     assert answers[0][2] == ""
 
 
-def test_the_page_escapes_what_others_named():
-    status, headers, body = get("/")
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
-    assert body.count("&lt;script&gt;") == 4
-    assert "<script" not in body
-    assert 'name="color-scheme" content="light dark"' in body
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript"), ("/icon.svg", "image/svg+xml")],
+)
+def test_the_pages_files_come_whole_and_under_a_strict_policy(path, content_type):
+    status, headers, body = get(path)
+    assert (status, headers["Content-Type"]) == (200, f"{content_type}; charset=utf-8")
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert body == files("ckptd.daemon").joinpath("web", path.strip("/") or "page.html").read_text()
 
 
-def test_the_page_of_an_idle_daemon_says_so():
-    assert "No jobs." in render_page({"pid": 1, "version": "0", "mode": "user", "jobs": []})
-
-
-def test_a_save_under_way_has_no_seconds_yet():
-    view = FakeView()
-    view.answer["jobs"][0]["generations"][0].update(seconds=None, error=None)
-    assert "<td></td><td></td></tr>" in render_page(view.answer)
+@pytest.mark.parametrize("name", ["page.html", "page.css", "page.js", "icon.svg"])
+def test_the_page_loads_nothing_from_elsewhere_and_makes_no_markup_from_text(name):
+    text = files("ckptd.daemon").joinpath("web", name).read_text()
+    assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.-]+\.\w+", text)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=\"", text)
+    assert "@import" not in text
 
 
 @pytest.mark.parametrize("path", ["/", "/status", "/metrics", "/healthz", "/nothing"])

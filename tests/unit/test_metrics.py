@@ -4,17 +4,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptd import __version__
-from ckptd.daemon.metrics import (
-    CONTENT_TYPE,
-    Kind,
-    Live,
-    Metrics,
-    Outcome,
-    Phase,
-    Reason,
-    SlotState,
-    failure_kind,
-)
+from ckptd.daemon.labels import Kind, Outcome, Phase, Reason, Refusal, Role, SlotState, Volume, failure_kind
+from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
+from ckptd.daemon.usage import Usage
+from ckptd.daemon.volumes import Room
 from ckptd.protocol.errors import (
     BadMessage,
     BadPlan,
@@ -29,13 +22,17 @@ from ckptd.protocol.errors import (
 
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {
-    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages"),
+    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages", "retries"),
+    *("requests", "connections", "streams", "descriptors", "ratio"),
+    *("progress", "second"),  # saves in progress; bytes per second
 }
 LABELS = {
     "phase": set(get_args(Phase)),
     "outcome": set(get_args(Outcome)),
-    "kind": set(get_args(Kind)),
-    "reason": set(get_args(Reason)),
+    "kind": {*get_args(Kind), "private", "shared"},
+    "reason": {*get_args(Reason), *get_args(Refusal)},
+    "role": set(get_args(Role)),
+    "volume": set(get_args(Volume)),
     "state": set(get_args(SlotState)),
 }
 
@@ -47,6 +44,10 @@ class Daemon:
         self.live = Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0)
         self.now = 1000.0
         self.metrics = Metrics(lambda: self.live, clock=lambda: self.now)
+
+    def look(self, **rooms):
+        """Let the volumes have been looked at."""
+        self.live = Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0, rooms=rooms)
 
     def families(self):
         text = self.metrics.render().decode()
@@ -67,7 +68,7 @@ def daemon():
 
 def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
     families = daemon.families()
-    assert len(families) == 20
+    assert len(families) == 40
     for name, family in families.items():
         assert name.startswith("ckptd_")
         assert family.documentation.endswith(".")
@@ -77,6 +78,7 @@ def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
 
 
 def test_label_sets_are_closed_and_complete_before_anything_happens(daemon):
+    daemon.look(shm=Room(2, 1), checkpoints=Room(2, 1))
     found = {}
     for family in daemon.families().values():
         for sample in family.samples:
