@@ -25,6 +25,8 @@ MOST_CONNECTIONS: Final = 1024
 
 # Seconds that closing waits for answers under way; none of ours takes more than milliseconds.
 _CLOSE_S: Final = 1.0
+# Seconds for which a body that nobody asked for is read, so that its sender hears the answer before the end.
+_LINGER_S: Final = 0.2
 
 _HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -120,8 +122,9 @@ async def start_http(
     app = web.Application(middlewares=[_guard(gate, metrics, connections)])
     app.on_response_prepare.append(_add_headers)
     _Pages(view, metrics, feed).add_to(app)
+    # Our own time-out comes before aiohttp's: it counts what it cuts, and also watches for a first request.
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=_CLOSE_S, keepalive_timeout=idle_s, lingering_time=_CLOSE_S
+        app, access_log=None, shutdown_timeout=_CLOSE_S, keepalive_timeout=2 * idle_s, lingering_time=_LINGER_S
     )
     try:
         check_exposure(address, bound, token)

@@ -2,7 +2,7 @@
 
 const PHASES = ["plan", "stage", "queue", "write", "fsync", "commit"];
 const STATES = ["free", "staging", "sealed", "persisting"];
-const STATE_COLOURS = { free: "--line", staging: "--stage", sealed: "--commit", persisting: "--write" };
+const STATE_COLOURS = { free: "--empty", staging: "--stage", sealed: "--commit", persisting: "--write" };
 const ENDED = new Set(["committed", "failed"]);
 const MOST_RANKS = 32; // more are drawn as shares
 const MOST_PAST = 12;

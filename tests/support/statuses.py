@@ -83,14 +83,19 @@ def a_good_day():
     """Return a status with one save under way, some behind it, and one that failed."""
     now = 1_000_000.0
     saves = [
-        a_save(number, ago_s=600.0 * (8 - number), now=now, phases=(0.2, 2.1 + number % 3 / 4, 0.1, 13.0 + number % 4, 0.6, 0.4))
+        a_save(
+            number,
+            ago_s=600.0 * (8 - number),
+            now=now,
+            phases=(0.2, 2.1 + number % 3 / 4, 0.1, 13.0 + number % 4, 0.6, 0.4),
+        )
         for number in range(1, 8)
     ]
     saves[4] |= {
         "state": "failed",
         "phases": saves[4]["phases"][:3],
         "seconds": 6.5,
-        "error": "rank 2: write /mnt/checkpoints/.step-500.ckptd-job-1-5-abcd/__2_0.distcp: No space left on device (errno 28)",
+        "error": "rank 2: write /mnt/checkpoints/.step-500.ckptd-ab12/__2_0.distcp: No space left on device (errno 28)",
     }
     current = a_save(
         8,
