@@ -38,9 +38,10 @@ _HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# A block of data in the page, not a script: no policy has to allow it. Its "<" are escaped, or a name could end it.
+_FIRST: Final = b'<script id="first" type="application/json">%s</script>'
 # Path, file below daemon/web, and content type. There are no others: no path of a request ever names a file.
 _FILES: Final = (
-    ("/", "page.html", "text/html"),
     ("/page.css", "page.css", "text/css"),
     ("/page.js", "page.js", "text/javascript"),
     ("/icon.svg", "icon.svg", "image/svg+xml"),
@@ -145,8 +146,10 @@ class _Pages:
         self._view = view
         self._metrics = metrics
         self._feed = feed
+        self._html = _read("page.html")
 
     def add_to(self, app: web.Application) -> None:
+        app.router.add_get("/", self._page)
         for path, name, content_type in _FILES:
             app.router.add_get(path, _file(name, content_type))
         app.router.add_get("/metrics", self._scrape)
@@ -154,6 +157,11 @@ class _Pages:
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/status", self._status)
         app.router.add_get("/events", self._feed.answer, allow_head=False)
+
+    async def _page(self, _: web.Request) -> web.Response:
+        status = msgspec.json.encode(self._view.status()).replace(b"<", b"\\u003c")
+        body = self._html.replace(_FIRST % b"null", _FIRST % status)
+        return web.Response(body=body, content_type="text/html", charset="utf-8")
 
     async def _scrape(self, request: web.Request) -> web.Response:
         body, content_type = self._metrics.render_for(request.headers.get("Accept", ""))
@@ -174,12 +182,16 @@ class _Pages:
 
 
 def _file(name: str, content_type: str) -> Handler:
-    body = resources.files("ckptd.daemon").joinpath("web", name).read_bytes()
+    body = _read(name)
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(body=body, content_type=content_type, charset="utf-8")
 
     return answer
+
+
+def _read(name: str) -> bytes:
+    return resources.files("ckptd.daemon").joinpath("web", name).read_bytes()
 
 
 def _guard(gate: Gate, metrics: Metrics, connections: Connections) -> Middleware:

@@ -54,8 +54,6 @@ class Observer:
             full += bool(states) and SlotState.FREE not in states
             arena_bytes += sum(arena.slots * arena.slot_bytes for arena in session.arenas.values())
         pools = [job.pool for job in jobs if job.pool is not None]
-        for directory in _directories(jobs):
-            self._volumes.used(directory)
         memory = psutil.virtual_memory()
         pids = [pid for job in jobs for pid in job.worker_pids]
         return Live(
@@ -70,9 +68,15 @@ class Observer:
             connections=0 if traffic is None else traffic.connections,
             streams=0 if traffic is None else traffic.streams,
             usage=self._meter.read(pids),
-            rooms=self._volumes.rooms(),
+            rooms=self.rooms(jobs),
             memory=(memory.total, memory.available),
         )
+
+    def rooms(self, jobs: Collection[Job]) -> Mapping[Volume, Room]:
+        """Return the last look at the volumes that these jobs use; what is new is looked at soon."""
+        for directory in _directories(jobs):
+            self._volumes.used(directory)
+        return self._volumes.rooms()
 
 
 def _directories(jobs: Collection[Job]) -> set[str]:

@@ -337,7 +337,7 @@ class Daemon:
             "uptime_s": now - self._started_unix_s,
             "now_unix_s": now,
             "last_commit_unix_s": self.metrics.last_commit_s,
-            "volumes": room_status(self._volumes.rooms()),
+            "volumes": room_status(self._observer.rooms(self._jobs.values())),
             "workers": [pid for job in self._jobs.values() for pid in job.worker_pids],
             "jobs": jobs,
         }

@@ -1,6 +1,7 @@
 // Draws what the daemon tells at /events. Text from outside goes into text nodes only, never into markup.
 
 const PHASES = ["plan", "stage", "queue", "write", "fsync", "commit"];
+const LAYERS = ["queue", "plan", "stage", "fsync", "write", "commit"];
 const STATES = ["free", "staging", "sealed", "persisting"];
 const STATE_COLOURS = { free: "--empty", staging: "--stage", sealed: "--commit", persisting: "--write" };
 const ENDED = new Set(["committed", "failed"]);
@@ -228,7 +229,10 @@ const extent = (save) =>
   Math.max(save.state === "failed" ? save.seconds : 0, ...save.phases.map((phase) => phase.begin_s + phase.seconds));
 
 function pastRow(status, save, longest) {
-  const bars = save.phases.map((phase) => bar(phase.phase, phase.begin_s, phase.seconds, longest));
+  // Ranks overlap, so phases do, too. What is drawn last lies on top: a wait or an fsync beside a write is no loss.
+  const bars = [...save.phases]
+    .sort((a, b) => LAYERS.indexOf(a.phase) - LAYERS.indexOf(b.phase))
+    .map((phase) => bar(phase.phase, phase.begin_s, phase.seconds, longest));
   const reached = Math.max(0, ...save.phases.map((phase) => phase.begin_s + phase.seconds));
   if (save.state === "failed") bars.push(bar("failed", reached, Math.max(0, save.seconds - reached), longest));
   const id = `save-${save.save_id}`;
@@ -292,6 +296,10 @@ function watch() {
   const silent_ms = performance.now() - heard_ms;
   if (silent_ms > SLOW_MS) show("lost", `no news for ${span(silent_ms / 1000)}`);
 }
+
+// The page comes with the state of its moment, so that it never begins empty.
+const first = JSON.parse(document.getElementById("first").textContent);
+if (first) draw(first);
 
 const events = new EventSource("/events");
 events.onmessage = (event) => take(event.data);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+import threading
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import ClientSession
 
@@ -48,3 +50,48 @@ async def until(predicate):
     async with asyncio.timeout(10):
         while not predicate():
             await asyncio.sleep(0.001)
+
+
+class Shown:
+    """A view that shows what it is given."""
+
+    def __init__(self, status):
+        self.answer = status
+
+    def status(self):
+        """Return it."""
+        return self.answer
+
+    def ready(self):
+        """Return that all is well."""
+        return
+
+
+@contextmanager
+def served(view, **options):
+    """Serve a view from a thread; yields the address."""
+    address, loop, stop = Future(), asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve():
+        async with serving_for_long(view, **options) as server:
+            address.set_result(server.address)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield address.result(10)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
+
+
+@asynccontextmanager
+async def serving_for_long(view, **options):
+    """Serve a view without a deadline and without a client."""
+    server = await start_http("127.0.0.1:0", view, Metrics(lambda: NOTHING), **options)
+    try:
+        yield server
+    finally:
+        await server.close()
