@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench cross-version format clean
+.PHONY: demo test check bench cross-version dashboards page-picture system-packages format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -23,7 +23,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --package ckptd
-	$(BIN)/mypy benchmarks examples
+	$(BIN)/mypy benchmarks examples dashboards
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -32,6 +32,24 @@ bench: .venv/installed
 CROSS ?= 2.13.0 2.14.1
 cross-version: .venv/installed
 	$(BIN)/python tests/cross_version/run.py $(CROSS)
+
+# Grafana's dashboards and Prometheus's rules, from the lists in dashboards/.
+dashboards: .venv/installed
+	$(BIN)/python -m dashboards
+
+# docs/page.png: the live page of a daemon that saves, by day on a desk and by night on a phone.
+page-picture: .venv/installed
+	CKPTD_PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest tests/integration/test_page.py -k picture
+
+# What tests use of the system, by Debian's names; tests that find a program missing skip, but fail in CI.
+SYSTEM_PACKAGES := \
+	chromium \
+	fonts-dejavu-core \
+	prometheus
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
+system-packages:
+	dpkg --status $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
+		{ $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -qy --no-install-recommends $(SYSTEM_PACKAGES); }
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
