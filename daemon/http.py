@@ -6,19 +6,22 @@ by letting its own name resolve to this machine (DNS rebinding).
 
 from __future__ import annotations
 
+import logging
 import socket
 from importlib import resources
 from typing import Final, Protocol
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from ckptd.daemon.config import parse_address
 from ckptd.daemon.connections import IDLE_S, Connections
 from ckptd.daemon.events import SLOW_S, EventFeed
 from ckptd.daemon.gate import Gate, check_exposure
-from ckptd.daemon.metrics import Metrics
+from ckptd.daemon.metrics import CONTENT_TYPE, OPEN_CONTENT_TYPE, Metrics
+from ckptd.daemon.sparing import Sparing
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
 MOST_CONNECTIONS: Final = 1024
@@ -125,7 +128,12 @@ async def start_http(
     _Pages(view, metrics, feed).add_to(app)
     # Our own time-out comes before aiohttp's: it counts what it cuts, and also watches for a first request.
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=_CLOSE_S, keepalive_timeout=2 * idle_s, lingering_time=_LINGER_S
+        app,
+        access_log=None,
+        logger=_request_logger(metrics),
+        shutdown_timeout=_CLOSE_S,
+        keepalive_timeout=2 * idle_s,
+        lingering_time=_LINGER_S,
     )
     try:
         check_exposure(address, bound, token)
@@ -147,6 +155,7 @@ class _Pages:
         self._metrics = metrics
         self._feed = feed
         self._html = _read("page.html")
+        self._sparing = Sparing()
 
     def add_to(self, app: web.Application) -> None:
         app.router.add_get("/", self._page)
@@ -159,12 +168,15 @@ class _Pages:
         app.router.add_get("/events", self._feed.answer, allow_head=False)
 
     async def _page(self, _: web.Request) -> web.Response:
-        status = msgspec.json.encode(self._view.status()).replace(b"<", b"\\u003c")
+        status = self._encoded_status().replace(b"<", b"\\u003c")
         body = self._html.replace(_FIRST % b"null", _FIRST % status)
         return web.Response(body=body, content_type="text/html", charset="utf-8")
 
     async def _scrape(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.render_for(request.headers.get("Accept", ""))
+        if "application/openmetrics-text" in request.headers.get("Accept", ""):
+            body, content_type = self._sparing.answer("open", self._metrics.render_open), OPEN_CONTENT_TYPE
+        else:
+            body, content_type = self._sparing.answer("plain", self._metrics.render), CONTENT_TYPE
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -177,8 +189,25 @@ class _Pages:
         return web.Response(status=503, text=f"{reason}\n")
 
     async def _status(self, _: web.Request) -> web.Response:
-        body = msgspec.json.encode(self._view.status())
-        return web.Response(body=body, content_type="application/json")
+        return web.Response(body=self._encoded_status(), content_type="application/json")
+
+    def _encoded_status(self) -> bytes:
+        return self._sparing.answer("status", lambda: msgspec.json.encode(self._view.status()))
+
+
+def _request_logger(metrics: Metrics) -> logging.Logger:
+    """Return where aiohttp tells of errors: bugs are logged, what strangers send is counted and fills no log."""
+
+    def is_bug(record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+            metrics.refused("malformed")
+            return False
+        return True
+
+    logger = logging.Logger(f"{__name__}.requests", logging.WARNING)  # of this endpoint alone, as its metrics are
+    logger.parent = logging.getLogger(__name__)
+    logger.addFilter(is_bug)
+    return logger
 
 
 def _file(name: str, content_type: str) -> Handler:

@@ -17,15 +17,18 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.exposition import choose_encoder, generate_latest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_CONTENT_TYPE
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from ckptd.daemon.gauges import Gauges, Live
 from ckptd.daemon.labels import Kind, Outcome, Phase, Reason, Refusal, failure_kind
 from ckptd.protocol.errors import CkptdError
 
-__all__ = ["CONTENT_TYPE", "Live", "Metrics", "Reason"]
+__all__ = ["CONTENT_TYPE", "OPEN_CONTENT_TYPE", "Live", "Metrics", "Reason"]
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+OPEN_CONTENT_TYPE: Final = OPENMETRICS_CONTENT_TYPE
 
 # Seconds. From a plan found in the cache to a terabyte on a slow network volume.
 _BUCKETS_S: Final = (
@@ -160,18 +163,12 @@ class Metrics:
         """Return all metrics in the text format of :data:`CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
-    def render_for(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics in the format that an Accept header prefers, and that format's content type.
+    def render_open(self) -> bytes:
+        """Return all metrics in the format of :data:`OPEN_CONTENT_TYPE`.
 
-        OpenMetrics has exemplars, which name the save behind a slow observation; the plain text has none.
+        It has exemplars, which name the save behind a slow observation; the plain text has none.
         """
-        if "application/openmetrics-text" not in accept:
-            return self.render(), CONTENT_TYPE
-        try:
-            encoder, content_type = choose_encoder(accept)
-        except ValueError:  # a version that is none
-            return self.render(), CONTENT_TYPE
-        return encoder(self._registry), content_type
+        return generate_openmetrics(self._registry)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=_BUCKETS_S, registry=self._registry)

@@ -286,7 +286,7 @@ def test_a_scrape_that_accepts_openmetrics_gets_it():
     odd = {"Accept": "application/openmetrics-text;version=one"}
     answers = exchange(("GET", "/metrics", accept), ("GET", "/metrics", odd), ("GET", "/metrics", {"Accept": "*/*"}))
     kinds = [headers["Content-Type"].split(";")[0] for _, headers, _ in answers]
-    assert kinds == ["application/openmetrics-text", "text/plain", "text/plain"]
+    assert kinds == ["application/openmetrics-text", "application/openmetrics-text", "text/plain"]
     assert answers[0][2].endswith("# EOF\n")
 
 
