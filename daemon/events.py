@@ -79,12 +79,16 @@ class EventFeed:
         seen = 0
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda seen=seen: self._closed or self._number > seen)  # type: ignore[misc]
-            if self._closed:
+                await self._changed.wait_for(lambda seen=seen: self._is_over or self._number > seen)  # type: ignore[misc]
+            if self._is_over:
                 return
             seen, frame = self._number, self._frame
             async with asyncio.timeout(self._slow_s):
                 await response.write(frame)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._closed or self._ticking is None
 
     def _tick(self) -> None:
         """Take a state now, for the one that has come, and go on while anybody listens."""
@@ -99,11 +103,17 @@ class EventFeed:
         return _BUSY_S if _is_busy(status) else _QUIET_S
 
     async def _tick_for_ever(self) -> None:
-        while True:
-            pause_s = self._take()
+        try:
+            while True:
+                pause_s = self._take()
+                async with self._changed:
+                    self._changed.notify_all()
+                await asyncio.sleep(pause_s)
+        finally:  # also if the status had a bug: no stream waits for a state that will not come
+            if self._ticking is asyncio.current_task():
+                self._ticking = None
             async with self._changed:
                 self._changed.notify_all()
-            await asyncio.sleep(pause_s)
 
 
 def _is_busy(status: dict[str, object]) -> bool:

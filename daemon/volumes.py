@@ -76,23 +76,29 @@ class VolumeWatch:
         return {name: Room(room.size_bytes, room.free_bytes, now - at_s) for name, (room, at_s) in self._rooms.items()}
 
     def look_once(self) -> None:
-        """Look at all volumes; one that cannot be looked at is left as it was, and its look grows old."""
+        """Look at all volumes; where one has an error of its own, the last look stays, and grows old."""
         with self._lock:
             directories = list(self._directories)
         self._note("shm", [self._shm_dir])
         self._note("checkpoints", directories)
 
     def _note(self, name: Volume, paths: list[str]) -> None:
-        rooms = [room for path in paths if (room := self._room(path)) is not None]
+        try:
+            rooms = [room for path in paths if (room := self._room(path)) is not None]
+        except OSError:
+            return
         if rooms:
             fullest = min(rooms, key=lambda room: room.free_ratio)
             self._rooms[name] = fullest, time.monotonic()
+        else:
+            self._rooms.pop(name, None)
 
     def _room(self, path: str) -> Room | None:
+        """Return None for a path that is no place for checkpoints, or that we may not see: no volume is to blame."""
         try:
             return self._look(path)
-        except OSError:
-            return None  # gone, or an object store's id: no volume of ours
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None
 
     def _run(self) -> None:
         while not self._closed:

@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 import time
@@ -20,9 +21,10 @@ class Disk:
     def look(self, path):
         self.looks.append(path)
         assert self.hang.wait(10)
-        if path not in self.rooms:
-            raise FileNotFoundError(path)
-        return self.rooms[path]
+        room = self.rooms.get(path, FileNotFoundError(path))
+        if isinstance(room, Exception):
+            raise room
+        return room
 
 
 def test_nothing_is_known_before_the_first_look():
@@ -40,14 +42,32 @@ def test_of_the_checkpoints_volumes_the_fullest_is_told():
     assert 0 <= rooms["shm"].age_s < 5
 
 
-def test_a_volume_that_is_away_keeps_its_last_look():
-    disk = Disk(shm=Room(10, 5), a=Room(10, 4))
+def test_a_volume_with_an_error_keeps_its_last_look_which_grows_old():
+    disk = Disk(shm=Room(10, 5), a=Room(10, 4), b=Room(10, 9))
     watch = VolumeWatch("/shm", look=disk.look)
     watch.used("/a")
+    watch.used("/b")
     watch.look_once()
-    del disk.rooms["/a"]
+    before = watch.rooms()["checkpoints"].age_s
+    disk.rooms["/a"] = OSError(errno.ESTALE, "Stale file handle")
     watch.look_once()
     assert watch.rooms()["checkpoints"].free_bytes == 4
+    assert watch.rooms()["checkpoints"].age_s > before
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, NotADirectoryError, PermissionError])
+def test_a_path_that_is_no_place_for_checkpoints_says_nothing(error):
+    disk = Disk(shm=Room(10, 5), a=Room(10, 4), b=Room(10, 9))
+    watch = VolumeWatch("/shm", look=disk.look)
+    watch.used("/a")
+    watch.used("/b")
+    watch.look_once()
+    disk.rooms["/a"] = error("/a")
+    watch.look_once()
+    assert watch.rooms()["checkpoints"].free_bytes == 9
+    disk.rooms["/b"] = error("/b")
+    watch.look_once()
+    assert "checkpoints" not in watch.rooms()
 
 
 def test_only_the_directories_of_the_last_saves_are_looked_at():
