@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-# A fresh answer is made when the last one was made at least so many times its own duration ago: answers take at most
-# a fifth of the loop's time. A scrape that takes 3 ms is then at most 12 ms old.
-_PAUSE_FACTOR: Final = 4
+# Whoever scrapes, looks and waits at a usual pace always gets a fresh answer: credit for some hundred of them is there,
+# and grows again by a fifth of the time that passes. A flood takes a fifth of the loop's time at most.
+_CREDIT_S: Final = 1.0
+_SHARE: Final = 0.2
 
 
 class Sparing:
@@ -21,14 +22,15 @@ class Sparing:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._last: dict[str, bytes] = {}
-        self._fresh_from_s = 0.0
+        self._credit_s, self._counted_at_s = _CREDIT_S, clock()
 
     def answer(self, kind: str, make: Callable[[], bytes]) -> bytes:
-        """Return a fresh answer, or the last of its kind while making fresh ones would take too much time."""
+        """Return a fresh answer, or the last of its kind while the time for fresh ones is used up."""
         begun_s = self._clock()
-        if kind in self._last and begun_s < self._fresh_from_s:
+        self._credit_s = min(_CREDIT_S, self._credit_s + _SHARE * (begun_s - self._counted_at_s))
+        self._counted_at_s = begun_s
+        if kind in self._last and self._credit_s <= 0:
             return self._last[kind]
         made = self._last[kind] = make()
-        ended_s = self._clock()
-        self._fresh_from_s = ended_s + _PAUSE_FACTOR * (ended_s - begun_s)
+        self._credit_s -= self._clock() - begun_s
         return made
