@@ -108,6 +108,7 @@ class Generation:
             "slowest_rank": None if slowest is None else {"rank": slowest[0], "lag_s": slowest[1]},
             "waiting_for": self.waiting_for() if self.rules.state is State.COLLECTING else None,
             "error": None if self.rules.error is None else str(self.rules.error),
+            "error_code": None if self.rules.error is None else self.rules.error.code,
         }
 
 

@@ -82,6 +82,8 @@ const ago = (status, unix_s) => (unix_s === null ? "never" : `${span(Math.max(0,
 const lastPart = (path) => path.replace(/\/+$/, "").split("/").pop() || path || "a save";
 const running = (job) => job.generations.filter((save) => !ENDED.has(save.state));
 const share = (save) => (save.bytes_total ? Math.min(1, save.bytes_done / save.bytes_total) : 0);
+const isSkipped = (save) => save.error_code === "save_skipped"; // the trainer's own choice when no slot is free
+const hasFailed = (save) => save.state === "failed" && !isSkipped(save);
 const percent = (save) => `${Math.floor(100 * share(save))} %`;
 
 // --- the parts of the page -----------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ function headline(status) {
   if (saves.length === 1) return ["work", `Saving ${lastPart(saves[0].checkpoint_id)}`, sentence(saves[0])];
   const ended = status.jobs.flatMap((job) => job.generations);
   const last = ended.reduce((a, b) => (a && a.started_unix_s > b.started_unix_s ? a : b), null);
+  if (last && isSkipped(last)) return ["good", "The last save was skipped", last.error];
   if (last && last.state === "failed") return ["bad", "The last save failed", last.error ?? ""];
   if (status.last_commit_unix_s !== null) {
     return ["good", "Everything is saved", `The last commit was ${ago(status, status.last_commit_unix_s)}.`];
@@ -103,7 +106,7 @@ function headline(status) {
 function sentence(save) {
   if (save.state === "committing") return "All bytes are durable. Publishing.";
   if (save.state === "staged") return "Every rank has handed over its part. From here on trainers may end at any time.";
-  return save.waiting_for ? `${count(save.ranks_sealed, "rank")} of ${save.world_size} handed over.` : "";
+  return save.waiting_for ? "Ranks are handing over their parts." : "";
 }
 
 function slotsOf(status) {
@@ -118,7 +121,7 @@ function facts(status) {
   const slots = slotsOf(status);
   const all = Object.values(slots).reduce((a, b) => a + b, 0);
   const trainers = status.jobs.reduce((sum, job) => sum + job.sessions.length, 0);
-  const failed = status.jobs.flatMap((job) => job.generations).filter((save) => save.state === "failed").length;
+  const failed = status.jobs.flatMap((job) => job.generations).filter(hasFailed).length;
   const disk = status.volumes?.checkpoints;
   const full = disk && disk.free_bytes < 0.1 * disk.size_bytes;
   return h("dl", { class: "facts" },
@@ -149,6 +152,7 @@ function current(save) {
   const left = rate && save.state === "staged" ? (save.bytes_total - save.bytes_done) / rate : null;
   const where = { scheduled: "staging", staged: "writing", committing: "publishing" }[save.state] ?? save.state;
   const below = [
+    save.state === "scheduled" ? `${save.ranks_sealed} of ${count(save.world_size, "rank")} handed over` : null,
     `${bytes(save.bytes_done)} of ${bytes(save.bytes_total)}`,
     rate ? `${bytes(rate)}/s` : null,
     left === null ? null : `${span(left)} left`,
@@ -162,6 +166,7 @@ function current(save) {
       h("span", { class: "figure" }, percent(save))),
     h("div", { class: "bar", role: "progressbar", "aria-label": "bytes written", "aria-valuemin": 0,
       "aria-valuemax": 100, "aria-valuenow": Math.floor(100 * share(save)) },
+      h("i", { class: "handed", style: { width: `${(100 * save.ranks_sealed) / save.world_size}%` } }),
       h("i", { style: { width: `${100 * share(save)}%` } })),
     h("div", { class: "below" }, below.filter(Boolean).map((text) => h("span", {}, text))));
 }
@@ -241,8 +246,8 @@ function pastRow(status, save, longest) {
       h("b", { title: save.checkpoint_id }, lastPart(save.checkpoint_id)),
       h("span", {}, `save ${save.sequence}, ${ago(status, save.started_unix_s)}`)),
     h("div", { class: "span" }, bars),
-    h("div", { class: "took" }, h("b", {}, seconds(save.seconds)), save.state === "failed" ? " failed" : ` ${bytes(save.bytes_total)}`),
-    save.error ? h("p", { class: "cause" }, save.error) : null);
+    h("div", { class: "took" }, h("b", {}, seconds(save.seconds)), isSkipped(save) ? " skipped" : hasFailed(save) ? " failed" : ` ${bytes(save.bytes_total)}`),
+    save.error && hasFailed(save) ? h("p", { class: "cause" }, save.error) : null);
 }
 
 function bar(phase, begin_s, length_s, longest_s) {

@@ -55,10 +55,10 @@ def test_a_save_appears_progresses_and_commits_while_one_watches(start_daemon, c
     daemon = start_daemon(**SLOWLY)
     page = tab(f"http://{address(daemon)}/")
     page.wait(shows("No trainer has connected yet."), "a daemon with nothing to do")
-    client.connect(state(128), slots=2)
+    client.connect(state(64), slots=2)
     page.wait("document.querySelectorAll('.slot[data-state=free]').length === 2", "the trainer's free slots")
     [worker] = daemon.workers()
-    future = client.async_save(state(128), checkpoint_id=tmp_path / "step-100")
+    future = client.async_save(state(64), checkpoint_id=tmp_path / "step-100")
     wait_until(lambda: any(0 < save["bytes_done"] < save["bytes_total"] for save in daemon.generations()), "progress")
     with stopped(worker):
         page.wait(shows("Saving step-100"), "the save")
@@ -93,6 +93,21 @@ def test_a_failed_save_shows_why(daemon, client, tmp_path, tab):
     assert "Not a directory" in page.get("document.querySelector('.cause').innerText")
 
 
+def test_a_skipped_save_is_no_failure(daemon, client, tmp_path, tab):
+    page = tab(f"http://{address(daemon)}/")
+    client.connect(state(), slots=1, on_busy="skip")
+    with stopped(*daemon.workers()):
+        future = client.async_save(state(), checkpoint_id=tmp_path / "a")
+        daemon.wait_for_save(tmp_path / "a", lambda save: save["state"] == "staged")
+        assert "skip" in outcome(client.async_save(state(), checkpoint_id=tmp_path / "b")).lower()
+    assert outcome(future) == "committed"
+    page.wait(shows("The last save was skipped"), "the skipped save")
+    assert page.get(
+        "[...document.querySelectorAll('.facts div')].find((d) => /Failed/.test(d.innerText)).innerText"
+    ).endswith("0")
+    assert daemon.metric('ckptd_saves_total{outcome="skipped"}') == 1
+
+
 def test_a_page_opened_from_an_exemplar_marks_its_save(daemon, client, tmp_path, tab):
     for name in ("a", "b"):
         client.save(state(), checkpoint_id=tmp_path / name)
@@ -119,7 +134,10 @@ def test_512_ranks_are_one_bar_and_what_is_wrong_is_named(tab):
         page = tab(f"http://{at}/")
         page.wait(shows("510 free"), "the shares of the slots' states")
         text = page.text()
-        assert "431 ranks of 512 handed over." in text
+        assert "431 of 512 ranks handed over" in text
+        handed = "document.querySelector('.bar .handed')"
+        share = page.get(f"{handed}.offsetWidth / {handed}.parentElement.offsetWidth")
+        assert abs(share - 431 / 512) < 0.01
         assert "Not attached: rank 5, 301" in text
         assert "waits for rank 3, 17" in text
         assert page.get("document.body.offsetHeight") < 1600

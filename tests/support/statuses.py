@@ -31,6 +31,7 @@ def a_save(sequence, *, name=None, state="committed", phases=(), now=1_000_000.0
         "slowest_rank": None,
         "waiting_for": None,
         "error": None,
+        "error_code": None,
         **more,
     }
 
