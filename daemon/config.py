@@ -46,6 +46,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     http_token_file: File = ""
     """Absolute path of a file that holds the token which HTTP requests must show; CKPTD_HTTP_TOKEN goes before it."""
 
+    http_hosts: tuple[str, ...] = ()
+    """Names, without ports, under which proxies and scrapers ask for this endpoint besides its address; requests with
+    another Host are refused."""
+
     http_connections: ConnectionCount = 1024
     """HTTP connections that may be open, 16 to 65536; beyond that the one that has been idle longest is cut."""
 

@@ -30,18 +30,36 @@ OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
 
 
 @dataclass(frozen=True)
+class Access:
+    """Who may read, as configured.
+
+    Attributes:
+        token: What a request must show; None asks for nothing, and is refused where others can reach the address.
+        hosts: Names under which the endpoint is known besides its own, with whatever port: a proxy has its own.
+    """
+
+    token: str | None = None
+    hosts: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class Gate:
     """The rules of one endpoint.
 
     Attributes:
         port: The bound port.
         names: The host as configured and as bound.
-        token: What must be shown; None: nothing.
+        access: Who may read.
     """
 
     port: int
     names: Collection[str]
-    token: str | None = None
+    access: Access = Access()
+
+    @property
+    def token(self) -> str | None:
+        """What must be shown; None: nothing."""
+        return self.access.token
 
     @property
     def cookie_name(self) -> str:
@@ -55,7 +73,10 @@ class Gate:
 
     def names_us(self, hosts: list[str]) -> bool:
         """Say whether a request's Host headers, which must be one, name this endpoint."""
-        return len(hosts) == 1 and is_our_host(hosts[0], port=self.port, names=self.names)
+        if len(hosts) != 1:
+            return False
+        known = re.sub(r":\d+$", "", hosts[0]).lower() in self.access.hosts
+        return known or is_our_host(hosts[0], port=self.port, names=self.names)
 
     def admits(self, request: web.Request) -> bool:
         """Say whether a request may be answered: it shows the token or our cookie, or needs none."""
@@ -94,6 +115,11 @@ def is_our_host(header: str, *, port: int, names: Collection[str]) -> bool:
     if ip := _literal_ip(host):
         return ip.is_loopback or wildcard
     return wildcard and host == socket.gethostname().lower()
+
+
+def load_access(config: Config) -> Access:
+    """Return who may read. Raises BadConfig as :func:`load_token` does."""
+    return Access(load_token(config), frozenset(host.lower() for host in config.http_hosts))
 
 
 def load_token(config: Config) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from dataclasses import dataclass
 from importlib import resources
 from typing import Final, Protocol
 
@@ -19,12 +20,10 @@ from aiohttp.typedefs import Handler, Middleware
 from ckptd.daemon.config import parse_address
 from ckptd.daemon.connections import IDLE_S, Connections
 from ckptd.daemon.events import SLOW_S, EventFeed
-from ckptd.daemon.gate import Gate, check_exposure
+from ckptd.daemon.gate import Access, Gate, check_exposure
 from ckptd.daemon.metrics import CONTENT_TYPE, OPEN_CONTENT_TYPE, Metrics
 from ckptd.daemon.sparing import Sparing
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
-
-MOST_CONNECTIONS: Final = 1024
 
 # Seconds that closing waits for answers under way; none of ours takes more than milliseconds.
 _CLOSE_S: Final = 1.0
@@ -49,6 +48,25 @@ _FILES: Final = (
     ("/page.js", "page.js", "text/javascript"),
     ("/icon.svg", "icon.svg", "image/svg+xml"),
 )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What readers may cost.
+
+    Attributes:
+        connections: How many may be open.
+        idle_s: Seconds after which a connection without a request is cut.
+        slow_s: Seconds for which an event may wait for its reader.
+    """
+
+    connections: int = 1024
+    idle_s: float = IDLE_S
+    slow_s: float = SLOW_S
+
+
+ANYONE: Final = Access()
+USUAL: Final = Limits()
 
 
 class View(Protocol):
@@ -97,10 +115,8 @@ async def start_http(
     view: View,
     metrics: Metrics,
     *,
-    token: str | None = None,
-    most_connections: int = MOST_CONNECTIONS,
-    idle_s: float = IDLE_S,
-    slow_s: float = SLOW_S,
+    access: Access = ANYONE,
+    limits: Limits = USUAL,
 ) -> HttpServer:
     """Serve HTTP on ``address`` until closed.
 
@@ -108,10 +124,8 @@ async def start_http(
         address: ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 takes any free one.
         view: Asked at each request, in the event loop.
         metrics: Rendered at each scrape, in the event loop.
-        token: What a request must show; None asks for nothing, and is refused where others can reach the address.
-        most_connections: How many may be open.
-        idle_s: Seconds after which a connection without a request is cut.
-        slow_s: Seconds for which an event may wait for its reader.
+        access: Who may read.
+        limits: What readers may cost.
 
     Raises:
         BadConfig: The address is malformed, its host is unknown, or it needs a token. Tell the user, who wrote it.
@@ -120,9 +134,11 @@ async def start_http(
     host, port = parse_address(address)
     listener = _listen(address, host, port)
     bound, port = listener.getsockname()[:2]
-    feed = EventFeed(view.status, metrics.refused, slow_s=slow_s)
-    connections = Connections(most=most_connections, idle_s=idle_s, on_refused=lambda: metrics.refused("crowd"))
-    gate = Gate(port, frozenset({host.lower(), bound}), token)
+    feed = EventFeed(view.status, metrics.refused, slow_s=limits.slow_s)
+    connections = Connections(
+        most=limits.connections, idle_s=limits.idle_s, on_refused=lambda: metrics.refused("crowd")
+    )
+    gate = Gate(port, frozenset({host.lower(), bound}), access)
     app = web.Application(middlewares=[_guard(gate, metrics, connections)])
     app.on_response_prepare.append(_add_headers)
     _Pages(view, metrics, feed).add_to(app)
@@ -132,11 +148,11 @@ async def start_http(
         access_log=None,
         logger=_request_logger(metrics),
         shutdown_timeout=_CLOSE_S,
-        keepalive_timeout=2 * idle_s,
+        keepalive_timeout=2 * limits.idle_s,
         lingering_time=_LINGER_S,
     )
     try:
-        check_exposure(address, bound, token)
+        check_exposure(address, bound, access.token)
         await runner.setup()
     except BaseException:
         listener.close()

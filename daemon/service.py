@@ -19,8 +19,8 @@ from typing import Final, Literal
 from ckptd import __version__
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
-from ckptd.daemon.gate import load_token
-from ckptd.daemon.http import HttpServer, start_http
+from ckptd.daemon.gate import load_access
+from ckptd.daemon.http import HttpServer, Limits, start_http
 from ckptd.daemon.jobs import Job
 from ckptd.daemon.live import Observer, room_status
 from ckptd.daemon.metrics import Live, Metrics, Reason
@@ -134,12 +134,11 @@ class Daemon:
             await self._tear_down(listener, http, lock)
 
     async def _start_http(self) -> HttpServer:
-        token = load_token(self._config)
-        most = self._config.http_connections
-        server = await start_http(self._place.http, self, self.metrics, token=token, most_connections=most)
-        if token is not None:
+        access, limits = load_access(self._config), Limits(self._config.http_connections)
+        server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
+        if access.token is not None:
             # For `ckptd status`, which is ours if it can read this.
-            _write_text(http_token_file(self._place.runtime), token + "\n", mode=0o600)
+            _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
         return server
 
     def _prepare_directories(self) -> int:

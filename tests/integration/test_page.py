@@ -11,6 +11,8 @@ from support.processes import stopped
 from support.statuses import a_good_day, a_job, a_save, a_status
 from support.waiting import wait_until
 
+from ckptd.daemon.gate import Access
+
 TOKEN = "correct-horse-battery"
 # 16 KiB a write from one thread: slow enough to be seen.
 SLOWLY = {"write_chunk_bytes": 16_384, "write_threads": 1}
@@ -183,7 +185,7 @@ def test_it_loads_nothing_from_elsewhere(tab):
 
 
 def test_with_a_token_the_page_opens_once_it_was_shown(tab):
-    with served(Shown(a_good_day()), token=TOKEN) as at:
+    with served(Shown(a_good_day()), access=Access(TOKEN)) as at:
         page = tab(f"http://{at}/?token={TOKEN}")
         page.wait("document.getElementById('link').innerText === 'live'", "events for who has the cookie")
         assert page.get("location.href") == f"http://{at}/"

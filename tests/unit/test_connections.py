@@ -9,6 +9,7 @@ import pytest
 from support.endpoints import refused, serving, states, until
 
 from ckptd.daemon import events
+from ckptd.daemon.http import Limits
 
 
 class View:
@@ -44,7 +45,7 @@ async def healthy(client):
 
 def test_idle_connections_make_room_the_longest_idle_first():
     async def run():
-        async with serving(View(), most_connections=16) as (server, client, metrics):
+        async with serving(View(), limits=Limits(connections=16)) as (server, client, metrics):
             crowd = []
             for number in range(48):
                 crowd.append(connect(server))
@@ -61,7 +62,7 @@ def test_idle_connections_make_room_the_longest_idle_first():
 
 def test_who_is_being_answered_is_spared_and_a_full_house_takes_nobody(monkeypatch):
     async def run():
-        async with serving(View(), most_connections=16) as (server, client, metrics):
+        async with serving(View(), limits=Limits(connections=16)) as (server, client, metrics):
             monkeypatch.setattr(events, "_QUIET_S", 0.002)
             answers = [await client.get("/events") for _ in range(16)]
             late = connect(server)
@@ -81,7 +82,7 @@ def test_who_is_being_answered_is_spared_and_a_full_house_takes_nobody(monkeypat
 @pytest.mark.parametrize("sent", [b"", b"GET /status HT", b"GET /status HTTP/1.1\r\nHost: 127"])
 def test_who_keeps_still_is_cut_after_a_while(sent):
     async def run():
-        async with serving(View(), idle_s=0.05) as (server, _, metrics):
+        async with serving(View(), limits=Limits(idle_s=0.05)) as (server, _, metrics):
             with connect(server) as connection:
                 connection.sendall(sent)
                 await until(lambda: is_cut(connection))
@@ -95,7 +96,7 @@ def test_a_stream_is_no_idle_connection(monkeypatch):
     monkeypatch.setattr(events, "_QUIET_S", 0.002)
 
     async def run():
-        async with serving(View(), idle_s=0.02) as (server, client, _), client.get("/events") as answer:
+        async with serving(View(), limits=Limits(idle_s=0.02)) as (server, client, _), client.get("/events") as answer:
             await states(answer, 40)
             assert server.connections == 1
 

@@ -9,6 +9,7 @@ from support.statuses import a_job, a_save, a_status
 
 from ckptd.daemon import events
 from ckptd.daemon.events import MOST_STREAMS
+from ckptd.daemon.http import Limits
 
 NUMBER = re.compile(rb'"number":(\d+),')
 
@@ -97,7 +98,7 @@ def deaf_reader(server):
 
 def test_who_does_not_read_is_cut_and_others_notice_nothing():
     async def run():
-        async with serving(View(padding=400_000), slow_s=0.1) as (server, client, metrics):
+        async with serving(View(padding=400_000), limits=Limits(slow_s=0.1)) as (server, client, metrics):
             with deaf_reader(server):
                 async with client.get("/events") as answer:
                     await until(lambda: server.streams == 2)
@@ -112,7 +113,7 @@ def test_who_does_not_read_is_cut_and_others_notice_nothing():
 def test_a_slow_reader_gets_the_newest_state_not_a_queue_of_old_ones():
     async def run():
         view = View(padding=100_000)
-        async with serving(view, slow_s=30) as (server, _, _):
+        async with serving(view, limits=Limits(slow_s=30)) as (server, _, _):
             with deaf_reader(server) as connection:
                 await until(lambda: view.taken > 80)
                 numbers, tail, loop = [0], b"", asyncio.get_running_loop()

@@ -4,11 +4,11 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from ckptd.daemon.config import Config
-from ckptd.daemon.gate import TOKEN_VARIABLE, Gate, check_exposure, load_token
+from ckptd.daemon.gate import TOKEN_VARIABLE, Access, Gate, check_exposure, load_access, load_token
 from ckptd.protocol.errors import BadConfig
 
 TOKEN = "correct-horse-battery"
-GATE = Gate(9437, {"127.0.0.1"}, TOKEN)
+GATE = Gate(9437, {"127.0.0.1"}, Access(TOKEN))
 OPEN = Gate(9437, {"127.0.0.1"})
 
 
@@ -40,7 +40,7 @@ def test_our_cookie_admits_and_does_not_hold_the_token():
     assert TOKEN not in GATE.cookie
     assert not GATE.admits(request(Cookie=f"{GATE.cookie_name}={TOKEN}"))
     assert not GATE.admits(request(Cookie=f"ckptd-9438={GATE.cookie}"))
-    assert Gate(9437, (), "another-token-of-ours").cookie != GATE.cookie
+    assert Gate(9437, (), Access("another-token-of-ours")).cookie != GATE.cookie
 
 
 def test_the_token_in_the_query_is_for_entering_only():
@@ -48,6 +48,25 @@ def test_the_token_in_the_query_is_for_entering_only():
     assert not GATE.admits(request(f"/status?token={TOKEN}"))
     assert not GATE.is_entered_by(request("/?token=wrong"))
     assert not GATE.is_entered_by(request("/"))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ours"),
+    [
+        (["node7.cluster.example:9437"], True),
+        (["NODE7.cluster.example"], True),  # behind a proxy
+        (["node7.cluster.example:443"], True),
+        (["127.0.0.1:9437"], True),
+        (["node8.cluster.example:9437"], False),
+        (["node7.cluster.example.evil:9437"], False),
+        (["node7.cluster.example:x"], False),
+        (["node7.cluster.example"] * 2, False),
+        ([], False),
+    ],
+)
+def test_names_that_were_configured_are_ours_with_any_port(hosts, ours):
+    access = load_access(Config(http_hosts=("Node7.cluster.example",)))
+    assert Gate(9437, {"127.0.0.1"}, access).names_us(hosts) is ours
 
 
 def test_health_is_open():

@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 from aiohttp import ClientSession, CookieJar
 
-from ckptd.daemon.gate import is_our_host
+from ckptd.daemon.gate import Access, is_our_host
 from ckptd.daemon.http import _listen, start_http
 from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
@@ -52,7 +52,7 @@ def exchange(*requests, view=None, token=None):
 
     async def run():
         metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
-        server = await start_http("127.0.0.1:0", view or FakeView(), metrics, token=token)
+        server = await start_http("127.0.0.1:0", view or FakeView(), metrics, access=Access(token))
         answers = []
         try:
             async with asyncio.timeout(5), ClientSession(f"http://{server.address}") as client:
@@ -179,7 +179,7 @@ def test_entering_with_the_token_leaves_a_cookie_and_no_token_in_the_address():
 
     async def enter():
         metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
-        server = await start_http("127.0.0.1:0", FakeView(), metrics, token=TOKEN)
+        server = await start_http("127.0.0.1:0", FakeView(), metrics, access=Access(TOKEN))
         try:
             jar = CookieJar(unsafe=True)  # takes cookies of IP addresses, as browsers do
             async with asyncio.timeout(5), ClientSession(f"http://{server.address}", cookie_jar=jar) as client:
@@ -206,7 +206,7 @@ def raw(*chunks, token=None):
 
     async def run():
         metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
-        server = await start_http("127.0.0.1:0", FakeView(), metrics, token=token)
+        server = await start_http("127.0.0.1:0", FakeView(), metrics, access=Access(token))
         host, port = server.address.split(":")
         received = b""
         async with asyncio.timeout(5):
@@ -292,7 +292,7 @@ def test_a_scrape_that_accepts_openmetrics_gets_it():
 
 def test_what_others_could_reach_is_not_served_without_a_token():
     async def run(token):
-        server = await start_http("0.0.0.0:0", FakeView(), Metrics(lambda: None), token=token)
+        server = await start_http("0.0.0.0:0", FakeView(), Metrics(lambda: None), access=Access(token))
         await server.close()
 
     asyncio.run(run(TOKEN))
