@@ -3,7 +3,12 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench cross-version dashboards page-picture system-packages format clean
+# What some tests drive: strace, file systems on loop devices, Prometheus and a browser. They skip, with the reason, where it is lacking.
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs prometheus promtool chromium
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs prometheus chromium fonts-dejavu-core
+SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+.PHONY: demo test system-packages fuzz check bench soak cross-version dashboards page-picture format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -19,6 +24,18 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# Debian's and Ubuntu's packages; nothing is asked of apt where all programs are there.
+system-packages:
+	@PATH="$$PATH:/usr/sbin:/sbin"; for program in $(PROGRAMS); do \
+	  command -v $$program >/dev/null || { echo "$$program is missing: installing $(PACKAGES)"; \
+	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
+	done
+
+# A hundred times the damaged input of the tests, from another seed each time; a failure names the seed.
+fuzz: .venv/installed
+	CKPTD_FUZZ_SEED=$${SEED:-$$(date +%s)} CKPTD_FUZZ_COUNT=$${COUNT:-150000} $(BIN)/python -m pytest tests/fault/test_fuzz.py
+
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -27,6 +44,10 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# 2,000 saves with kills at random, about half an hour; SOAK_ARGS="--saves 200 --seed 5" for less and others.
+soak: .venv/installed
+	$(BIN)/python tests/soak/run.py $(SOAK_ARGS)
 
 # Other torch versions in environments of their own, removed afterwards; CUDA builds take gigabytes meanwhile.
 CROSS ?= 2.13.0 2.14.1
@@ -40,16 +61,6 @@ dashboards: .venv/installed
 # docs/page.png: the live page of a daemon that saves, by day on a desk and by night on a phone.
 page-picture: .venv/installed
 	CKPTD_PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest tests/integration/test_page.py -k picture
-
-# What tests use of the system, by Debian's names; tests that find a program missing skip, but fail in CI.
-SYSTEM_PACKAGES := \
-	chromium \
-	fonts-dejavu-core \
-	prometheus
-AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
-system-packages:
-	dpkg --status $(SYSTEM_PACKAGES) >/dev/null 2>&1 || \
-		{ $(AS_ROOT) apt-get update -q && $(AS_ROOT) apt-get install -qy --no-install-recommends $(SYSTEM_PACKAGES); }
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

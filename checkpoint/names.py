@@ -8,6 +8,9 @@ from typing import Final
 INDEX_NAME: Final = ".ckptd"
 METADATA_NAME: Final = ".metadata"
 
+# What an old checkpoint is called while it is replaced, where two names cannot be exchanged in one step.
+_SET_ASIDE: Final = ".old"
+
 
 def image_name(rank: int) -> str:
     """Return the name of a rank's image, as stock names it."""
@@ -18,6 +21,24 @@ def hidden_directory(checkpoint_id: str, save_id: str) -> str:
     """Return where a save's files lie until it is published: a hidden sibling, so on the same volume."""
     parent, name = os.path.split(checkpoint_id)
     return os.path.join(parent, f".{name}.ckptd-{save_id}")
+
+
+def set_aside(directory: str) -> str:
+    """Return where the old checkpoint waits while a save's hidden directory takes its name."""
+    return directory + _SET_ASIDE
+
+
+def split_hidden(path: str) -> tuple[str, str, bool] | None:
+    """Take the path of a hidden directory apart.
+
+    Returns:
+        The checkpoint id, the save's id, and whether it is what was set aside; None if it is no such path.
+    """
+    parent, name = os.path.split(path)
+    begin, found, save_id = name.removesuffix(_SET_ASIDE).rpartition(".ckptd-")
+    if not (found and save_id and begin.startswith(".") and begin[1:]):
+        return None
+    return os.path.join(parent, begin[1:]), save_id, name.endswith(_SET_ASIDE)
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -21,7 +21,8 @@ from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
-from ckptd.checkpoint.system import named, preallocate
+from ckptd.checkpoint.system import closed_at_end, named, preallocate
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
 
@@ -86,7 +87,8 @@ def write_image(
     """
     _check_room(os.path.dirname(path), image.nbytes)
     descriptor, direct = _open(path)
-    try:
+    reach(CrashPoint.WORKER_FILE_OPENED)
+    with closed_at_end(descriptor, path):
         preallocate(descriptor, image.nbytes, path)
         begun = time.perf_counter()
         writing = _Writing(path, descriptor, image, items, pace.chunk_bytes, on_progress)
@@ -97,17 +99,18 @@ def write_image(
         ranges = frame_ranges(items.offsets[items.indexed], items.lengths[items.indexed], image.nbytes)
         frame = frame_hash(ranges, lambda begin, end: image[begin:end])
         written = time.perf_counter()
+        reach(CrashPoint.WORKER_WRITTEN)
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
-    finally:
-        os.close(descriptor)
+    reach(CrashPoint.WORKER_FSYNCED)
     return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
 
 def _check_room(directory: str, wanted_bytes: int) -> None:
     volume = named("statvfs", directory, lambda: os.statvfs(directory))
     free = volume.f_bavail * volume.f_frsize
-    if free < wanted_bytes:
+    # A volume of no blocks at all does not tell: ramfs, and some that lie behind FUSE.
+    if volume.f_blocks and free < wanted_bytes:
         raise DiskFull(directory, wanted_bytes, free)
 
 
@@ -173,6 +176,7 @@ class _Writing:
         with self._lock:
             self._done_bytes += end - begin
             done = self._done_bytes
+        reach(CrashPoint.WORKER_CHUNK_WRITTEN)
         self._on_progress(done)
 
     def _pwrite(self, begin: int, end: int) -> int:

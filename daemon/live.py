@@ -6,17 +6,21 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Final, Protocol, get_args
 
 import psutil
 
 from ckptd.daemon.gauges import Live
 from ckptd.daemon.jobs import Job
+from ckptd.daemon.labels import SlotState as SlotLabel
 from ckptd.daemon.labels import Volume
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.usage import UsageMeter
 from ckptd.daemon.volumes import Room, VolumeWatch
 from ckptd.staging.arena import SlotState
+
+# A slot that keeps a committed image is free for whoever wants to stage.
+_SLOT_NAMES: Final = {state: state.name.lower() for state in SlotState} | {SlotState.RETAINED: "free"}
 
 
 class Traffic(Protocol):
@@ -46,12 +50,12 @@ class Observer:
 
     def observe(self, jobs: Collection[Job], sessions: Collection[Session], traffic: Traffic | None) -> Live:
         """Return what is live now. Reads slots' states and ``/proc``; touches no file system."""
-        slots = Counter({state.name.lower(): 0 for state in SlotState})
+        slots = Counter(dict.fromkeys(get_args(SlotLabel), 0))
         full, arena_bytes = 0, 0
         for session in sessions:
-            states = [state for arena in session.arenas.values() for state, _ in arena.states()]
-            slots.update(state.name.lower() for state in states)
-            full += bool(states) and SlotState.FREE not in states
+            states = [_SLOT_NAMES[state] for arena in session.arenas.values() for state, _ in arena.states()]
+            slots.update(states)
+            full += bool(states) and "free" not in states
             arena_bytes += sum(arena.slots * arena.slot_bytes for arena in session.arenas.values())
         pools = [job.pool for job in jobs if job.pool is not None]
         memory = psutil.virtual_memory()
@@ -89,7 +93,7 @@ def _directories(jobs: Collection[Job]) -> set[str]:
 def _lateness(jobs: Collection[Job]) -> float | None:
     """Return that of the latest job; one whose ranks have left is not late but over."""
     now = time.monotonic()
-    found = [late for job in jobs if job.sessions and (late := job.saves.watch.cadence.lateness(now)) is not None]
+    found = [late for job in jobs if job.sessions and (late := job.saves.watch.rhythm.lateness(now)) is not None]
     return max(found, default=None)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from ckptd.daemon.cadence import Cadence
 from ckptd.daemon.generation import Generation
 from ckptd.daemon.labels import Phase
 from ckptd.daemon.metrics import Metrics
+from ckptd.daemon.rhythm import Rhythm
 from ckptd.protocol.errors import CkptdError, SaveSkipped
 from ckptd.protocol.messages import Sealed, WriteDone
 
@@ -17,7 +17,7 @@ class SaveWatch:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self.cadence = Cadence()
+        self.rhythm = Rhythm()
 
     def sealed(self, generation: Generation, rank: int, message: Sealed) -> None:
         """A rank's image is complete."""
@@ -52,7 +52,7 @@ class SaveWatch:
         """A checkpoint of ``nbytes`` bytes is published."""
         save_id, timeline = generation.save_id, generation.timeline
         self._metrics.committed(nbytes, generation.seconds, now=time.time(), save_id=save_id)
-        interval = self.cadence.committed(time.monotonic())
+        interval = self.rhythm.committed(time.monotonic())
         if interval is not None:
             self._metrics.observe_interval(interval)
         slowest = timeline.slowest()

@@ -22,13 +22,17 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
+from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.items import decode_plan
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.checkpoint.write import Pace, Payloads, write_image
+from ckptd.daemon.generation import RANKS_SUFFIX
 from ckptd.protocol import messages
-from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
+from ckptd.protocol.crash_points import CrashPoint, reach
+from ckptd.protocol.errors import BadMessage, CkptdError, UnexpectedError
 from ckptd.protocol.messages import (
     CommitDone,
     CommitTask,
@@ -37,6 +41,7 @@ from ckptd.protocol.messages import (
     HandOverDone,
     HandOverTask,
     PlanDone,
+    PlanRanks,
     PlanTask,
     Task,
     TaskFailed,
@@ -58,6 +63,8 @@ _IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_BEST_EFFORT_LOWEST: Final = (2 << 13) | 7
 
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
 
 class _Arenas:
     """Mappings of the job's arenas, kept from save to save so that their pages are mapped once."""
@@ -67,19 +74,15 @@ class _Arenas:
 
     def view(self, path: str) -> memoryview:
         """Return the arena's bytes, read-only. Raises SystemCallFailed."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SystemCallFailed("open", path, error.errno or 0) from None
-        try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = named("open", path, lambda: os.open(path, flags))
+        with closed_at_end(descriptor, path):
             inode = os.fstat(descriptor).st_ino
             known = self._views.get(path)
             if known is None or known[0] != inode:
                 self._forget_deleted()
-                memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                memory = named("mmap", path, lambda: mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
                 self._views[path] = known = (inode, memoryview(memory))
-        finally:
-            os.close(descriptor)
         return known[1]
 
     def _forget_deleted(self) -> None:
@@ -179,11 +182,15 @@ def _plan(task: PlanTask) -> PlanDone:
     plans = [decode_plan(data) for data in task.plans]
     fixed = [None if done is None else np.frombuffer(done, dtype="<i8") for done in task.fixed]
     plan = make_plan(plans, fixed)
-    store_plan(task.path, plan)
-    return PlanDone(
+    done = PlanDone(
         [mine.astype("<i8").tobytes() for mine in plan.assigned],
         [layout.image_bytes for layout in plan.layouts],
     )
+    with open(task.path + RANKS_SUFFIX, "wb") as file:  # first: with the plan's own file all is there
+        file.write(messages.encode(PlanRanks(task.plans, done.assigned)))
+    store_plan(task.path, plan)
+    reach(CrashPoint.WORKER_PLANNED)
+    return done
 
 
 def _step_back(nice: int) -> None:
@@ -194,8 +201,18 @@ def _step_back(nice: int) -> None:
         ctypes.CDLL(None).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_BEST_EFFORT_LOWEST)
 
 
+def _die_with(daemon: int) -> None:
+    """Let the kernel end us when the daemon ends, however it does: its successor does our work again.
+
+    Not earlier than here: a change of uid or an exec would forget it.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != daemon:
+        os.kill(os.getpid(), signal.SIGKILL)  # it was dead already
+
+
 def main() -> None:
-    """Serve tasks from the socket whose descriptor is the first argument; the second is the nice value.
+    """Serve tasks from the socket whose descriptor is the first argument; then the nice value and the daemon's pid.
 
     With ``--users-code`` torch is loaded before the worker steps back: among cores that are all taken it would take
     minutes after that.
@@ -203,9 +220,10 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s worker %(process)d: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the daemon decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does a service manager's stop
-    if "--users-code" in sys.argv[3:]:
+    if "--users-code" in sys.argv[4:]:
         importlib.import_module("ckptd.daemon.handover")
     _step_back(int(sys.argv[2]))
+    _die_with(int(sys.argv[3]))
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

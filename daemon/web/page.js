@@ -82,6 +82,7 @@ const ago = (status, unix_s) => (unix_s === null ? "never" : `${span(Math.max(0,
 const lastPart = (path) => path.replace(/\/+$/, "").split("/").pop() || path || "a save";
 const running = (job) => job.generations.filter((save) => !ENDED.has(save.state));
 const share = (save) => (save.bytes_total ? Math.min(1, save.bytes_done / save.bytes_total) : 0);
+const seen = (slot) => (slot.state === "retained" ? "free" : slot.state); // free, and good for a quick load
 const isSkipped = (save) => save.error_code === "save_skipped"; // the trainer's own choice when no slot is free
 const hasFailed = (save) => save.state === "failed" && !isSkipped(save);
 const percent = (save) => `${Math.floor(100 * share(save))} %`;
@@ -112,7 +113,7 @@ function sentence(save) {
 function slotsOf(status) {
   const found = Object.fromEntries(STATES.map((state) => [state, 0]));
   for (const job of status.jobs) {
-    for (const session of job.sessions) for (const slot of session.slots) found[slot.state] += 1;
+    for (const session of job.sessions) for (const slot of session.slots) found[seen(slot)] += 1;
   }
   return found;
 }
@@ -188,7 +189,7 @@ function rankRow(rank, session) {
 function slotSquares(session) {
   return h("span", { class: "slots" }, session.slots.map((slot) => {
     const words = slot.state === "free" ? slot.state : `${slot.state}, save ${slot.sequence}`;
-    return h("span", { class: "slot", "data-state": slot.state, title: words, role: "img", "aria-label": words });
+    return h("span", { class: "slot", "data-state": seen(slot), title: words, role: "img", "aria-label": words });
   }));
 }
 
@@ -205,7 +206,7 @@ function manyRanks(it, present) {
     silent.length ? h("p", { class: "meta" }, `Silent: ${listed(silent)}`) : null,
     h("details", {}, h("summary", {}, `every slot of ${count(it.sessions.length, "rank")}`),
       h("div", { class: "field" }, it.sessions.flatMap((session) => session.slots.map((slot) =>
-        h("span", { class: "slot", "data-state": slot.state, title: `rank ${session.rank}: ${slot.state}` }))))));
+        h("span", { class: "slot", "data-state": seen(slot), title: `rank ${session.rank}: ${slot.state}` }))))));
 }
 
 function listed(ranks) {

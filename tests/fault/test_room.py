@@ -1,5 +1,6 @@
 """Too little room, or no way to write: refused with path and numbers, nothing left behind, and the next save works."""
 
+import errno
 import os
 import re
 
@@ -7,8 +8,13 @@ import pytest
 from support.clients import assert_holds
 from support.mounts import need_root
 from support.nursery import state
+from support.processes import stopped
+from support.strace import traced
+from support.waiting import wait_until
 
 MIB = 1 << 20
+# Takes long enough in pages to be caught in the middle.
+MIDDLE = 32
 
 
 def failed(client, path, **options):
@@ -83,6 +89,58 @@ def test_a_disk_that_fills_up_on_the_way_fails_the_overwrite_and_keeps_the_old(m
     (disk / "ballast").unlink()
     client.save(state(2, 3.0), checkpoint_id=disk / "a")
     assert_holds(disk / "a", mib=2, value=3.0)
+
+
+def fill(disk, *, but_bytes):
+    """Leave so many bytes on a disk and no more."""
+    volume = os.statvfs(disk)
+    with (disk / "ballast").open("ab") as ballast:
+        end = ballast.seek(0, os.SEEK_END)
+        os.posix_fallocate(ballast.fileno(), end, volume.f_bavail * volume.f_frsize - but_bytes)
+
+
+@pytest.mark.parametrize("file", [".ckptd", ".metadata"])
+def test_a_disk_that_has_room_for_the_image_only(mounts, daemon, client, file):
+    disk = mounts.tmpfs(mib=8, name="disk")
+    client.save(state(2), checkpoint_id=disk / "a")
+    image = (disk / "a" / "__0_0.distcp").stat().st_size
+    fill(disk, but_bytes=image + (4096 if file == ".metadata" else 0))
+    error = client.async_save(state(2, 2.0), checkpoint_id=disk / "a").exception(30)
+    assert (error.call, error.errno) == ("write", errno.ENOSPC)
+    assert error.path.endswith(f"/{file}")
+    wait_until(lambda: sorted(path.name for path in disk.iterdir()) == ["a", "ballast"], "no leftovers")
+    assert_holds(disk / "a", mib=2)
+    (disk / "ballast").unlink()
+    client.save(state(2, 3.0), checkpoint_id=disk / "a")
+    assert_holds(disk / "a", mib=2, value=3.0)
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_disk_that_others_fill_in_the_middle_of_a_write(mounts, start_daemon, client, tmp_path, reserved):
+    """What is reserved cannot be taken; where the file system reserves nothing, the write fails."""
+    daemon = start_daemon(write_chunk_bytes=4096, write_threads=1)
+    disk = mounts.tmpfs(mib=120, name="disk")
+    client.save(state(MIDDLE), checkpoint_id=disk / "a")
+    [worker] = daemon.workers()
+    inject = [] if reserved else ["fallocate:error=EOPNOTSUPP"]
+    with traced(worker, tmp_path / "calls.log", calls="fallocate", inject=inject):
+        future = client.async_save(state(MIDDLE, 2.0), checkpoint_id=disk / "a")
+        daemon.wait_for_save(disk / "a", lambda save: save["bytes_done"] > 0 and save["sequence"] == 2)
+    with stopped(worker):
+        [save] = [save for save in daemon.generations() if save["sequence"] == 2]
+        assert save["bytes_done"] < save["bytes_total"]
+        fill(disk, but_bytes=64 << 10)
+    error = future.exception(30)
+    if reserved:
+        assert error is None
+        assert_holds(disk / "a", mib=MIDDLE, value=2.0)
+        return
+    assert (error.call, error.errno) == ("pwrite", errno.ENOSPC)
+    assert str(disk) in error.path
+    assert_holds(disk / "a", mib=MIDDLE)
+    (disk / "ballast").unlink()
+    client.save(state(MIDDLE, 3.0), checkpoint_id=disk / "a")
+    assert_holds(disk / "a", mib=MIDDLE, value=3.0)
 
 
 @pytest.mark.parametrize("where", ["parent", "grandparent"])

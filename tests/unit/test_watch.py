@@ -95,7 +95,7 @@ def test_a_commit_tells_of_the_save_as_a_whole(watched):
     assert samples["ckptd_write_bytes_per_second",] > 0
     watched.watch.committed(watched.next_save(), 20_000)
     assert watched.samples()["ckptd_save_interval_seconds_count",] == 1
-    assert watched.watch.cadence.interval_s >= 0
+    assert watched.watch.rhythm.interval_s >= 0
 
 
 def test_a_hand_over_is_written_by_others_and_counted(watched):

@@ -195,13 +195,20 @@ def test_after_a_failure_no_thread_begins_another_chunk(path, monkeypatch):
 
 
 def test_too_little_room_is_told_before_anything_is_written(path, monkeypatch, tmp_path):
-    volume = namedtuple("Volume", "f_bavail f_frsize")
-    monkeypatch.setattr(os, "statvfs", lambda directory: volume(9, PAGE))
+    volume = namedtuple("Volume", "f_blocks f_bavail f_frsize")
+    monkeypatch.setattr(os, "statvfs", lambda directory: volume(100, 9, PAGE))
     with pytest.raises(DiskFull) as caught:
         write(path)
     facts = {"path": str(tmp_path), "wanted_bytes": 10 * PAGE, "free_bytes": 9 * PAGE}
     assert caught.value.report().facts == facts
     assert not os.path.exists(path)
+
+
+def test_a_volume_that_does_not_tell_its_room_is_not_full(path, monkeypatch):
+    volume = namedtuple("Volume", "f_blocks f_bavail f_frsize")
+    monkeypatch.setattr(os, "statvfs", lambda directory: volume(0, 0, PAGE))
+    write(path)
+    assert content(path) == DATA
 
 
 def test_a_directory_that_is_not_there_is_told(tmp_path):

@@ -10,7 +10,7 @@ from typing import Final
 _REMEMBERED: Final = 8
 
 
-class Cadence:
+class Rhythm:
     """The rhythm of one job's commits; times are seconds that never run backwards."""
 
     def __init__(self) -> None:
