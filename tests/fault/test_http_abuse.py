@@ -201,7 +201,8 @@ class TestOtherAddresses:
         wait_readable(daemon.stdout, "the daemon's first line")
         port = daemon.stdout.readline().split("serves http://0.0.0.0:")[1].split()[0]
         at, kept = f"127.0.0.1:{port}", Path(runtime.path, "http-token")
-        trainers.start().do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
+        trainer = trainers.start()
+        trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
         assert http_get(at, "/status")[0] == 401
         assert http_get(at, "/healthz")[0] == 200
         connection = http.client.HTTPConnection(at, timeout=20)
@@ -212,6 +213,8 @@ class TestOtherAddresses:
         self.assert_kept_from_workers(daemon.pid)
         status = self.status(runtime)
         assert status.returncode == 0, status.stderr
+        trainer.leave()
+        wait_until(lambda: '"sessions":[]' in self.status(runtime).stdout, "the end of its session")
         kept.unlink()
         assert "answered 401; only its own user may read its token" in self.status(runtime).stderr
         daemon.send_signal(signal.SIGTERM)

@@ -92,7 +92,7 @@ def test_a_failed_save_shows_why(daemon, client, tmp_path, tab):
     [save] = daemon.generations()
     assert save["error"] in page.get("document.querySelector('.lead').innerText")
     assert page.get("document.querySelector('.past [data-state=failed], .past li[data-state=failed] .cause').innerText")
-    assert "Not a directory" in page.get("document.querySelector('.cause').innerText")
+    assert "errno" in page.get("document.querySelector('.cause').innerText")
 
 
 def test_a_skipped_save_is_no_failure(daemon, client, tmp_path, tab):
