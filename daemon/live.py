@@ -86,7 +86,7 @@ class Observer:
 def _directories(jobs: Collection[Job]) -> set[str]:
     """Return where checkpoints are being written; an object store's id is no path."""
     ids = {g.rules.checkpoint_id for job in jobs for g in job.saves.generations.values()}
-    ids |= {str(save["checkpoint_id"]) for job in jobs for save in job.saves.history}
+    ids |= {str(save["checkpoint_id"]) for job in jobs for save in job.saves.outcomes.history}
     return {os.path.dirname(path) for path in ids if path.startswith("/")}
 
 

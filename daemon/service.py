@@ -14,6 +14,7 @@ from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
@@ -48,7 +49,8 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
-from ckptd.staging.arena import create_arena
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.staging.arena import arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Daemon:
         self._volumes = VolumeWatch(config.shm_dir)
         self._observer = Observer(self._volumes)
         self._http: HttpServer | None = None
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
         self._job_of: dict[Session, Job] = {}
@@ -296,7 +299,9 @@ class Daemon:
         session.heard_at_s = time.monotonic()
         session.attached = True
         session.attachment += 1
-        logger.info("rank %d of job %s is back", session.rank, self._job_of[session].name)
+        job = self._job_of[session]
+        job.take_up_seals_of(session)
+        logger.info("rank %d of job %s is back", session.rank, job.name)
         return session, self._attached(session)
 
     def _attached(self, session: Session) -> Attached:
@@ -314,7 +319,7 @@ class Daemon:
         )
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
@@ -322,12 +327,15 @@ class Daemon:
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
         make = partial(create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner)
+        nbytes = arena_bytes(request.slots, request.slot_bytes)
         try:
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         except errors.ShmTooSmall:
             if not self._drop_what_the_dead_keep():
                 raise
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
         job.open_arena(session, arena)
         return arena
@@ -375,7 +383,7 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)

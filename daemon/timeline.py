@@ -41,6 +41,8 @@ class Timeline:
         """
         end = self.clock() - ended_ago_s
         begin = end - seconds
+        if phase == "write" and begin < (self._write_began_s or end):
+            self._write_began_s = begin  # an image that came in waves is told of when the last one is written
         known = self._spans.get(phase)
         self._spans[phase] = (begin, end) if known is None else (min(begin, known[0]), max(end, known[1]))
 

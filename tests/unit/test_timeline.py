@@ -82,6 +82,14 @@ def test_a_rate_counts_from_the_first_write_to_the_last_fsync(timeline, clock):
     assert timeline.rate(10, running=True) == 1  # another rank still writes
 
 
+def test_an_image_told_of_at_its_end_counts_from_where_it_began(timeline, clock):
+    clock.now = 120.0
+    timeline.writing_began()  # by the worker that ends the image
+    timeline.took("write", 8.0, ended_ago_s=2.0)
+    timeline.took("fsync", 2.0)
+    assert timeline.rate(100, running=False) == 10
+
+
 def test_before_it_writes_a_save_has_written_for_no_time(timeline):
     assert timeline.writing_s == 0
     timeline.writing_began()

@@ -12,7 +12,7 @@ from ckptd.daemon.usage import UsageMeter
 @pytest.fixture
 def sleeper():
     """A process that has used some processor time and waits for its end."""
-    process = subprocess.Popen(["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo; read x"],
+    process = subprocess.Popen(["sh", "-c", "i=0; while [ $i -lt 80000 ]; do i=$((i+1)); done; echo; read x"],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     process.stdout.readline()
     yield process
