@@ -3,7 +3,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-# What some tests drive: strace, file systems on loop devices, Prometheus and a browser. They skip, with the reason, where it is lacking.
+# What some tests drive: strace, file systems on loop devices, Prometheus and a browser.
+# They skip, with the reason, where it is lacking.
 PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs prometheus promtool chromium
 PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs prometheus chromium fonts-dejavu-core
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
