@@ -10,6 +10,7 @@ import sys
 import uvloop
 
 from ckptd.daemon.config import Config, load_config
+from ckptd.daemon.connections import raise_descriptor_limit
 from ckptd.daemon.service import Daemon, Mode, Place
 from ckptd.protocol.errors import CkptdError
 from ckptd.protocol.paths import runtime_dir
@@ -38,6 +39,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         config = load_config()
+        raise_descriptor_limit()
         place = Place(runtime_dir(), arguments.http or config.http, _mode(arguments.mode))
         uvloop.run(_serve(config, place))
     except CkptdError as error:
