@@ -22,6 +22,7 @@ from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.http import HttpServer, start_http
 from ckptd.daemon.jobs import Job
+from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.router import Router
 from ckptd.daemon.saves import JobContext
@@ -86,6 +87,7 @@ class Daemon:
         self._router: Router | None = None
         self._root = self._tmpfs_directory()
         self._name = secrets.token_hex(8)
+        self._manager = Managed(config, place.mode, self.status)
         # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
         self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
 
@@ -105,8 +107,10 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup(self._manager.reload, self._stop.set))
         http: HttpServer | None = None
-        listener = _listen(attach_socket(self._place.runtime), everyone=self._place.mode == "system")
+        path = attach_socket(self._place.runtime)
+        listener = self._manager.listener(path) or _listen(path, everyone=self._place.mode == "system")
         try:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
@@ -117,13 +121,17 @@ class Daemon:
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
             ticking = asyncio.create_task(self._tick_for_ever())
+            watching = asyncio.create_task(self._manager.watch(self._router))
+            self._manager.ready()
             logger.info("ready (%s, pid %d): sockets in %s", self._place.mode, os.getpid(), self._place.runtime)
             print(f"ckptd {__version__} serves http://{http.address} from {self._place.runtime}", flush=True)  # noqa: T201
-            await self._wait_for_end([attaching, routing, ticking])
+            tasks = [attaching, routing, ticking, watching]
+            await self._wait_for_end(tasks)
+            self._manager.stopping()
             await self._finish()
-            for task in (attaching, routing, ticking):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(attaching, routing, ticking, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._tear_down(listener, http, lock)
 
@@ -176,7 +184,7 @@ class Daemon:
         runtime = self._place.runtime
         messages_socket = message_endpoint(runtime).removeprefix("ipc://")
         for path in (attach_socket(runtime), messages_socket, http_address_file(runtime)):
-            if os.path.lexists(path):
+            if os.path.lexists(path) and not (path == attach_socket(runtime) and self._manager.owns_listener):
                 os.unlink(path)
         shutil.rmtree(self._root, ignore_errors=True)
         os.close(lock)
