@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench cross-version format clean
+.PHONY: demo test test-packages check bench cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -15,6 +15,12 @@ BIN    := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
+
+# Beyond Python: the tests of the service boot a systemd in namespaces. Does nothing where all is there.
+TEST_PACKAGES := systemd util-linux passwd procps
+test-packages:
+	@test -x /lib/systemd/systemd && command -v nsenter setpriv useradd pgrep >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(TEST_PACKAGES); }
 
 test: .venv/installed
 	$(BIN)/python -m pytest

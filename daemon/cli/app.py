@@ -11,6 +11,7 @@ from ckptd.daemon.cli.convert import convert
 from ckptd.daemon.cli.diff import diff
 from ckptd.daemon.cli.extract import extract
 from ckptd.daemon.cli.inspect import inspect
+from ckptd.daemon.cli.install import install, uninstall
 from ckptd.daemon.cli.ls import ls
 from ckptd.daemon.cli.serve import serve
 from ckptd.daemon.cli.status import status
@@ -42,5 +43,5 @@ def _root(
     """A checkpoint daemon for PyTorch."""
 
 
-for _command in (serve, status, ls, inspect, verify, diff, extract, convert):
+for _command in (serve, status, ls, inspect, verify, diff, extract, convert, install, uninstall):
     app.command()(_command)
