@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 
 INDEX_NAME: Final = ".ckptd"
 METADATA_NAME: Final = ".metadata"
+_HIDDEN: Final = re.compile(r"\.(.+)\.ckptd-(.+)", re.DOTALL)
 
 
 def image_name(rank: int) -> str:
@@ -18,6 +20,12 @@ def hidden_directory(checkpoint_id: str, save_id: str) -> str:
     """Return where a save's files lie until it is published: a hidden sibling, so on the same volume."""
     parent, name = os.path.split(checkpoint_id)
     return os.path.join(parent, f".{name}.ckptd-{save_id}")
+
+
+def parse_hidden(name: str) -> tuple[str, str] | None:
+    """Return the checkpoint's name and the save's id of a hidden directory's name; None if it is none."""
+    found = _HIDDEN.fullmatch(name)
+    return (found[1], found[2]) if found else None
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -22,6 +23,7 @@ from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.http import HttpServer, start_http
 from ckptd.daemon.jobs import Job
+from ckptd.daemon.leftovers import claim
 from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.router import Router
@@ -36,6 +38,7 @@ from ckptd.protocol.messages import (
     ClientMessage,
     DaemonMessage,
     Detach,
+    Drained,
     Echo,
     GaveUp,
     Heartbeat,
@@ -88,6 +91,7 @@ class Daemon:
         self._root = self._tmpfs_directory()
         self._name = secrets.token_hex(8)
         self._manager = Managed(config, place.mode, self.status)
+        self._claim = -1
         # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
         self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
 
@@ -128,7 +132,9 @@ class Daemon:
             tasks = [attaching, routing, ticking, watching]
             await self._wait_for_end(tasks)
             self._manager.stopping()
-            await self._finish()
+            logger.info("stopping: finishing what is sealed")
+            if left := await self._finish(self._config.stop_timeout_s):
+                logger.error("stopped with %d saves unfinished after %.0f s", left, self._config.stop_timeout_s)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -152,6 +158,7 @@ class Daemon:
             os.mkdir(self._root, 0o711)  # users' own directories lie below: they may pass, not list
         except OSError as error:
             raise errors.SystemCallFailed("mkdir", self._root, error.errno or 0) from None
+        self._claim = claim(self._root, runtime)
         return lock
 
     async def _wait_for_end(self, tasks: list[asyncio.Task[None]]) -> None:
@@ -160,18 +167,16 @@ class Daemon:
         for task in done - {stop}:
             task.result()  # a broken transport ends the process; the service manager starts it again
 
-    async def _finish(self) -> None:
-        """Finish what is sealed; take nothing new."""
+    async def _finish(self, timeout_s: float) -> int:
+        """Finish what is sealed; take nothing new. Returns how many saves are unfinished when time is up."""
         self._stopping = True
-        logger.info("stopping: finishing what is sealed")
         for job in self._jobs.values():
             job.saves.stop_collecting()
-        pending = [g.ended.wait() for job in self._jobs.values() for g in job.saves.generations.values()]
-        try:
-            async with asyncio.timeout(self._config.stop_timeout_s):
-                await asyncio.gather(*pending)
-        except TimeoutError:
-            logger.error("stopped with %d saves unfinished after %.0f s", len(pending), self._config.stop_timeout_s)
+        pending = [g for job in self._jobs.values() for g in job.saves.generations.values()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(generation.ended.wait() for generation in pending))
+        return sum(not generation.ended.is_set() for generation in pending)
 
     async def _tear_down(self, listener: socket.socket, http: HttpServer | None, lock: int) -> None:
         for job in self._jobs.values():
@@ -187,6 +192,7 @@ class Daemon:
             if os.path.lexists(path) and not (path == attach_socket(runtime) and self._manager.owns_listener):
                 os.unlink(path)
         shutil.rmtree(self._root, ignore_errors=True)
+        os.close(self._claim)
         os.close(lock)
 
     async def _tick_for_ever(self) -> None:
@@ -267,6 +273,13 @@ class Daemon:
         """Let a session use its job's node cache."""
         return await self._job_of[session].cache.open(session, request.wanted_bytes)
 
+    async def drain(self, peer: Peer, timeout_s: float) -> Drained:
+        """Take nothing new from now on, and finish what is sealed; only the daemon's own user and root may ask."""
+        if peer.uid not in (0, os.geteuid()):
+            raise errors.Forbidden(peer.uid, os.geteuid())
+        logger.info("draining, as pid %d asks: finishing what is sealed", peer.pid)
+        return Drained(await self._finish(timeout_s), os.getpid())
+
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""
         self._sessions.pop(session.token, None)
@@ -313,7 +326,9 @@ class Daemon:
 
     def ready(self) -> str | None:
         """Return why the daemon takes no saves, or None if it does."""
-        return "stopping" if self._stopping else None
+        if not self._stopping:
+            return None
+        return "stopping" if self._stop.is_set() else "draining"
 
     def status(self) -> dict[str, object]:
         """Return what `/status` shows."""
@@ -325,6 +340,7 @@ class Daemon:
             "http": self._http_address,
             "mode": self._place.mode,
             "runtime_dir": self._place.runtime,
+            "takes_saves": not self._stopping,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
             "workers": [pid for job in self._jobs.values() for pid in job.worker_pids],

@@ -13,14 +13,12 @@ from typing import Final
 import numpy as np
 
 from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
+from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, parse_hidden
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, TruncatedFile
 from ckptd.staging.dtypes import OBJECT
 
-# The hidden directory of a save; see ckptd.checkpoint.names.hidden_directory.
-_UNFINISHED: Final = re.compile(r"\.(.+)\.ckptd-([0-9a-f-]+)")
 _IMAGE: Final = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -84,7 +82,7 @@ def find_checkpoints(folder: str) -> Iterator[str]:
             yield at
             continue
         below = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or _UNFINISHED.fullmatch(e.name)]
+        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or parse_hidden(e.name)]
 
 
 def summarise(path: str, index: Index | None = None) -> Summary:
@@ -95,7 +93,7 @@ def summarise(path: str, index: Index | None = None) -> Summary:
         index: Its index, if it was read already.
     """
     saved = max((_stat(os.path.join(path, name))[1] for name in (INDEX_NAME, METADATA_NAME)), default=0.0)
-    if _UNFINISHED.fullmatch(os.path.basename(os.path.abspath(path))) or not is_checkpoint(path):
+    if parse_hidden(os.path.basename(os.path.abspath(path))) or not is_checkpoint(path):
         return _unread(path, saved, State.UNFINISHED)
     try:
         index = read_index(path) if index is None else index

@@ -30,9 +30,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print what was done as JSON.
 def install(
     *, user: User = False, root: Root = "", prefix: Prefix = "", dry_run: DryRun = False, as_json: Json = False
 ) -> None:
-    """Put the units, the configuration and what they need in place, and say what to do next.
+    """Put the service's files in place.
 
-    An existing configuration stays. Nothing is started. Exit status 1: a command failed.
+    Units, configuration, and what they need; then it says what to do next. An existing configuration stays. Nothing is
+    started. Exit status 1: a command failed.
     """
     layout = _layout(user=user, root=root, prefix=prefix)
     files = _planned(layout)
@@ -60,9 +61,10 @@ def install(
 def uninstall(
     *, user: User = False, root: Root = "", prefix: Prefix = "", dry_run: DryRun = False, as_json: Json = False
 ) -> None:
-    """Stop the service, once its saves are finished, and remove what `ckptd install` put in place.
+    """Stop the service and remove its files.
 
-    A configuration that was changed stays, and so do checkpoints. Exit status 1: a command failed.
+    Its saves are finished first. A configuration that was changed stays, and so do checkpoints. Exit status 1: a
+    command failed.
     """
     layout = _layout(user=user, root=root, prefix=prefix)
     there = [file for file in _planned(layout) if os.path.lexists(file.path)]
