@@ -1,16 +1,21 @@
 """The ``ckptd`` command: run and look after the daemon, and look into checkpoints without it.
 
-Exit status: 0 done, 1 failed, not good or different, 2 wrong usage. What goes wrong is one line on stderr, never a
-traceback; CKPTD_TRACEBACK=1 shows where a bug is. A module for each command; what it needs is imported when it runs.
+Exit status: 0 done, 1 failed, not good or different, 2 wrong usage, 130 interrupted. What goes wrong is one line on
+stderr, never a traceback; CKPTD_TRACEBACK=1 shows where a bug is. A module for each command; what it needs is imported
+when it runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Final
 
 from ckptd.daemon.cli.output import complain
 from ckptd.protocol.errors import CkptdError, UnexpectedError
+
+# As shells report an end by SIGINT, and typer does. Source: POSIX, Shell Command Language, 2.8.2.
+_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -26,6 +31,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.stderr.write("ckptd: interrupted\n")
+        sys.exit(_INTERRUPTED)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         complain(UnexpectedError(f"{error.strerror or error}{where}; check the path and its owner"))

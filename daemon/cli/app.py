@@ -24,7 +24,8 @@ from ckptd.daemon.cli.verify import verify
 
 app: Final = typer.Typer(
     name="ckptd",
-    help="A checkpoint daemon for PyTorch.",
+    help="A checkpoint daemon for PyTorch.\n\n"
+    "Exit status: 0 done, 1 failed or not good, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -44,10 +45,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """A checkpoint daemon for PyTorch.
-
-    Exit status: 0 done, 1 failed or not good, 2 wrong usage.
-    """
+    """A checkpoint daemon for PyTorch."""
 
 
 _DAEMON: Final = (serve, status, top, drain, gc, doctor, bench, install, uninstall)

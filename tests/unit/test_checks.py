@@ -10,7 +10,6 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
-from support.cli import run_cli  # noqa: F401
 
 from ckptd import __version__
 from ckptd.daemon.cli import checks, doctor, rates
@@ -275,7 +274,7 @@ def test_a_users_units_and_no_systemd(units):
 
 
 @pytest.mark.parametrize(("failing", "code"), [(False, 0), (True, 1)])
-def test_the_report_and_its_exit_status(run_cli, monkeypatch, failing, code):  # noqa: F811
+def test_the_report_and_its_exit_status(run_cli, monkeypatch, failing, code):
     found = [checks.ok("a", "well"), checks.warn("b", "hm", "look")]
     found += [checks.fail("c", "ill", "cure it")] if failing else []
     monkeypatch.setattr(doctor, "_checks", lambda *_, **__: found)

@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from support.cli import run_cli  # noqa: F401
 
 from ckptd.daemon.cli import gc
 from ckptd.daemon.leftovers import claim
@@ -32,7 +31,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(run_cli, place):  # noqa: F811
+def run(run_cli, place):
     return lambda *words: run_cli("gc", place / "runs", "--shm-dir", place / "shm", *words)
 
 
@@ -153,7 +152,7 @@ def test_what_cannot_be_removed_is_one_line_and_1(run, place, monkeypatch):
     assert err.count("Permission denied") == err.count("\n") == 2
 
 
-def test_a_folder_that_is_not_there_is_one_line(run_cli, place):  # noqa: F811
+def test_a_folder_that_is_not_there_is_one_line(run_cli, place):
     code, _, err = run_cli("gc", place / "gone", "--shm-dir", place / "shm", "--yes")
     assert (code, err.count("\n")) == (1, 1)
     assert "No such file or directory" in err

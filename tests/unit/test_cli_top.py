@@ -7,7 +7,6 @@ import json
 import msgspec
 import pytest
 from rich.console import Console
-from support.cli import run_cli  # noqa: F401
 
 from ckptd.daemon.cli import top as module
 from ckptd.daemon.cli.status import Status
@@ -97,7 +96,7 @@ def test_a_daemon_that_goes_away_is_told_and_waited_for(monkeypatch):
     assert "/runs/step-1" in captured.get()
 
 
-def test_without_a_terminal_it_is_shown_once(run_cli, monkeypatch):  # noqa: F811
+def test_without_a_terminal_it_is_shown_once(run_cli, monkeypatch):
     monkeypatch.setattr(module, "fetch_status", lambda _: json.dumps(status(save())).encode())
     code, out, err = run_cli("top")
     assert (code, err) == (0, "")
@@ -107,7 +106,7 @@ def test_without_a_terminal_it_is_shown_once(run_cli, monkeypatch):  # noqa: F81
     assert (code, json.loads(out)) == (0, status(save()))
 
 
-def test_an_answer_that_is_none_is_one_line(run_cli, monkeypatch):  # noqa: F811
+def test_an_answer_that_is_none_is_one_line(run_cli, monkeypatch):
     monkeypatch.setattr(module, "fetch_status", lambda _: b"{}")
     code, _, err = run_cli("top")
     assert (code, err.count("\n")) == (1, 1)

@@ -9,22 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.daemon import cli
 from ckptd.daemon.cli import install as module
 from ckptd.daemon.cli.manager import Ran
 from ckptd.daemon.units import closed_directories, interpreter_of
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ckptd", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return run
+def run(run_cli):
+    return run_cli
 
 
 @pytest.fixture(autouse=True)
