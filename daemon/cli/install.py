@@ -67,7 +67,8 @@ def uninstall(
     command failed.
     """
     layout = _layout(user=user, root=root, prefix=prefix)
-    there = [file for file in _planned(layout) if os.path.lexists(file.path)]
+    files = _planned(layout)
+    there = [file for file in files if os.path.lexists(file.path)]
     kept = [file for file in there if file.keep and _read(file.path) != file.text]
     removed = [file.path for file in there if file not in kept]
     live = not root and any(path.endswith(_UNITS) for path in removed)
@@ -75,8 +76,9 @@ def uninstall(
     warnings: list[str] = []
     if not dry_run:
         _need_rights(layout)
-        warnings = _run_all([stop] if live else [])
-        for path in removed:
+        if live:
+            warnings = _stop(files, stop=stop, reload=reload)
+        for path in {*removed, *(file.path for file in files if live and not file.keep)}:
             _remove(path)
         warnings += _run_all([reload] if live else [])
     facts = {
@@ -88,6 +90,14 @@ def uninstall(
     }
     _report(facts, as_json=as_json)
     raise typer.Exit(1 if warnings else 0)
+
+
+def _stop(files: list[Planned], *, stop: tuple[str, ...], reload: tuple[str, ...]) -> list[str]:
+    """Stop and disable the units. One that is missing or broken is put right first: systemd refuses it otherwise."""
+    broken = [f for f in files if f.path.endswith(_UNITS) and not (os.path.exists(f.path) and _read(f.path) == f.text)]
+    for file in broken:
+        _place(file.path, file.text)
+    return _run_all([reload, stop] if broken else [stop])
 
 
 def _layout(*, user: bool, root: str, prefix: str) -> Layout:

@@ -120,6 +120,17 @@ def test_a_users_service_tells_its_own_manager(run, home, commands):
     assert commands.ran == [], "there is nothing to stop"
 
 
+def test_a_broken_or_missing_unit_is_put_right_to_be_stopped(run, home, commands):
+    run("install", "--user")
+    (home / "systemd/user/ckptd.service").write_text("[Service")
+    (home / "systemd/user/ckptd.socket").unlink()
+    commands.ran.clear()
+    assert run("uninstall", "--user")[0] == 0
+    reload = "systemctl --user daemon-reload"
+    assert commands.ran == [reload, "systemctl --user disable --now ckptd.socket ckptd.service", reload]
+    assert files_below(home) == []
+
+
 def test_a_command_that_fails_is_one_line_and_1(run, home, commands):
     commands.broken["systemctl"] = "Failed to connect to bus"
     code, _, err = run("install", "--user")
