@@ -11,6 +11,7 @@ import sys
 import uvloop
 
 from ckptd.daemon.config import Config, default_config_path, load_config
+from ckptd.daemon.managed import log_formatter
 from ckptd.daemon.service import Daemon, Mode, Place
 from ckptd.protocol.errors import CkptdError
 from ckptd.protocol.paths import runtime_dir
@@ -36,7 +37,9 @@ async def _serve(config: Config, place: Place) -> None:
 def main() -> int:
     """Serve until told to stop; return the exit status."""
     arguments = _arguments()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     faulthandler.enable()  # a watchdog's SIGABRT leaves in the log where the daemon hung
     try:
         mode = _mode(arguments.mode)

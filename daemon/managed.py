@@ -30,6 +30,10 @@ _TEAR_DOWN_S: Final = 30.0
 _ENDED: Final = ("committed", "failed")
 
 
+# Least level of logging, and its number in syslog(3).
+_JOURNAL_LEVELS: Final = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
+
+
 class Probed(Protocol):
     """What has to live."""
 
@@ -100,6 +104,25 @@ class Managed:
     def _work(self) -> str:
         work = describe_work(cast("list[dict[str, Any]]", self._status()["jobs"]))
         return f"{work}; {self._note}" if self._note else work
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines as a service manager's journal takes them: their level before them, without a time of their own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, with the level in the form that sd-daemon(3) describes."""
+        level = next(number for least, number in _JOURNAL_LEVELS if record.levelno >= least)
+        return f"<{level}>{super().format(record)}"
+
+
+def log_formatter() -> logging.Formatter:
+    """Return how log lines look: to a journal, which keeps time and level, or to anybody else."""
+    if os.environ.get("JOURNAL_STREAM"):
+        return JournalFormatter()
+    return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> Callable[[], None]:

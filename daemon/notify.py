@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # Descriptors that are handed over begin behind stderr. Source: sd_listen_fds(3), SD_LISTEN_FDS_START.
 _FIRST_LISTENER: Final = 3
+# __SO_ACCEPTCON of the kernel's include/linux/net.h.
+_LISTENS: Final = 1 << 16
 # Of a datagram's lines, the one that people read: longer text is cut by whoever shows it.
 _STATUS_CHARACTERS: Final = 500
 
@@ -116,6 +118,19 @@ def choose_listener(listeners: list[socket.socket], path: str) -> socket.socket 
             logger.warning("a socket from the service manager is not %s; see ListenStream= of its unit", path)
             listener.close()
     return chosen
+
+
+def is_listened_on(path: str) -> bool:
+    """Say whether some process listens on a Unix socket of this name: a service manager, where no daemon runs."""
+    wanted = os.path.realpath(path)
+    try:
+        with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+            rows = [line.rstrip("\n").split(None, 7) for line in table][1:]
+    except OSError:
+        return False  # nothing to be known: as if nobody did
+    # Number, references, protocol, flags, type, state, inode, path. Source: proc(5), /proc/net/unix.
+    names = [row[7] for row in rows if len(row) == 8 and int(row[3], 16) & _LISTENS]
+    return any(os.path.realpath(name) == wanted for name in names if name.startswith("/"))
 
 
 def _is_bound_to(listener: socket.socket, path: str) -> bool:

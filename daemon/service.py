@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -26,6 +27,7 @@ from ckptd.daemon.jobs import Job
 from ckptd.daemon.leftovers import claim
 from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
+from ckptd.daemon.notify import is_listened_on
 from ckptd.daemon.router import Router
 from ckptd.daemon.saves import JobContext
 from ckptd.daemon.sessions import ArenaFile, Peer, Session
@@ -114,7 +116,11 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, on_hangup(self._manager.reload, self._stop.set))
         http: HttpServer | None = None
         path = attach_socket(self._place.runtime)
-        listener = self._manager.listener(path) or _listen(path, everyone=self._place.mode == "system")
+        try:
+            listener = self._manager.listener(path) or _listen(path, everyone=self._place.mode == "system")
+        except errors.CkptdError:
+            shutil.rmtree(self._root, ignore_errors=True)
+            raise
         try:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
@@ -377,8 +383,10 @@ def _identity(peer: Peer) -> Identity | None:
 
 
 def _listen(path: str, *, everyone: bool) -> socket.socket:
+    if is_listened_on(path):  # the lock is ours, so it is no daemon but a service manager: stop its socket first
+        raise errors.SystemCallFailed("bind", path, errno.EADDRINUSE)
     if os.path.lexists(path):
-        os.unlink(path)  # the lock is ours, so it is a dead daemon's
+        os.unlink(path)  # a dead daemon's
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(path)

@@ -19,9 +19,8 @@ import msgspec
 
 from ckptd import __version__
 from ckptd.daemon.cli.manager import run
-from ckptd.daemon.cli.status import fetch_status
+from ckptd.daemon.cli.status import daemons_runtime_dir, fetch_status
 from ckptd.protocol.errors import CkptdError
-from ckptd.protocol.paths import runtime_dir
 
 if TYPE_CHECKING:
     from ckptd.daemon.config import Config
@@ -128,6 +127,22 @@ def check_memlock() -> Check:
     return warn("locked memory", f"{soft >> 20} MiB here, {most} at most", remedy)
 
 
+def check_logout(*, user: bool) -> Check:
+    """Whether logind removes a user's shared memory, and with it the arenas, when that user's last session ends."""
+    name = "shared memory at logout"
+    command = (
+        "busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC"
+    )
+    ran = run(*command.split())
+    if ran.error:
+        return ok(name, "no logind here")
+    if ran.out.split() != ["b", "true"]:
+        return ok(name, "kept")
+    remedy = "`loginctl enable-linger`" if user else "RemoveIPC=no in /etc/systemd/logind.conf, if users log in here"
+    found = "logind removes it when a user's last session ends, and saves in flight with it"
+    return warn(name, found, remedy)
+
+
 def check_leftovers(shm_dir: str) -> Check:
     """Arenas of daemons that have died."""
     from ckptd.daemon.leftovers import arena_directories
@@ -228,7 +243,7 @@ def check_config(load: Callable[[], Config]) -> Check:
 
 def check_daemon() -> Check:
     """Whether a daemon answers."""
-    runtime = runtime_dir()
+    runtime = daemons_runtime_dir()
     try:
         status: dict[str, Any] = msgspec.json.decode(fetch_status(runtime))
     except (CkptdError, msgspec.DecodeError) as error:

@@ -53,6 +53,7 @@ def _checks(folder: str, shm_dir: str, *, user: bool) -> list[Check]:
         *checks.check_versions(),
         checks.check_shm(shm_dir),
         checks.check_memlock(),
+        checks.check_logout(user=user),
         checks.check_leftovers(shm_dir),
         *checks.check_folder(folder),
         checks.check_config(lambda: _configured(user=user)),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
 
-from ckptd.daemon.cli.output import complain, progress_bar, say, say_json
-from ckptd.daemon.cli.status import fetch_status
-from ckptd.protocol.errors import BadMessage, DaemonUnavailable, DeadlineExceeded, from_report
-from ckptd.protocol.paths import attach_socket, runtime_dir
+from ckptd.daemon.cli.output import progress_bar, say, say_json
+from ckptd.daemon.cli.status import daemons_runtime_dir, fetch_status
+from ckptd.protocol.errors import BadMessage, DaemonUnavailable, from_report
+from ckptd.protocol.paths import attach_socket
 
 if TYPE_CHECKING:
     from ckptd.protocol.messages import Drained
@@ -37,7 +38,7 @@ def drain(
     As before an upgrade. The daemon stays so until it is restarted; only its own user and root may ask.
     Exit status 1: saves were unfinished when time was up.
     """
-    runtime = runtime_dir()
+    runtime = daemons_runtime_dir()
     fetch_status(runtime)  # where none runs, the socket of a service manager would start one
     with progress_bar("drain") as progress:
         drained = _ask(runtime, timeout, lambda: progress(*_bytes_left(runtime)) if progress else None)
@@ -45,7 +46,9 @@ def drain(
     if as_json:
         say_json(facts)
     elif drained.unfinished:
-        complain(DeadlineExceeded(f"{drained.unfinished} saves are unfinished; see `ckptd status`", timeout))
+        sys.stderr.write(
+            f"ckptd: {drained.unfinished} saves are unfinished after {timeout:.0f} s; see `ckptd status`\n"
+        )
     else:
         say(f"daemon pid {drained.pid} is drained: nothing is in flight, nothing new is taken until it is restarted")
     raise typer.Exit(1 if drained.unfinished else 0)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from ckptd.daemon.cli.output import printable, say, say_json
+from ckptd.daemon.cli.output import counted, printable, progress_bar, say, say_json
 from ckptd.daemon.cli.status import fetch_status
 from ckptd.protocol.errors import BadConfig, CkptdError
 from ckptd.protocol.paths import runtime_dir
@@ -146,12 +146,15 @@ def _ask(going: list[Left]) -> None:
 
 def _remove(going: list[Left]) -> list[tuple[str, str]]:
     failed = []
-    for left in going:
-        try:
-            if not left.remove():
-                failed.append((left.path, "somebody has taken it in the meantime"))
-        except CkptdError as error:
-            failed.append((left.path, str(error)))
+    with progress_bar("gc") as progress:
+        done = counted(progress, sum(left.nbytes for left in going))
+        for left in going:
+            try:
+                if not left.remove():
+                    failed.append((left.path, "somebody has taken it in the meantime"))
+            except CkptdError as error:
+                failed.append((left.path, str(error)))
+            done(left.nbytes)
     return failed
 
 

@@ -14,9 +14,8 @@ import msgspec
 import typer
 
 from ckptd.daemon.cli.output import printable, say_json
-from ckptd.daemon.cli.status import GenerationStatus, JobStatus, Status, fetch_status
+from ckptd.daemon.cli.status import GenerationStatus, JobStatus, Status, daemons_runtime_dir, fetch_status
 from ckptd.protocol.errors import BadMessage, CkptdError
-from ckptd.protocol.paths import runtime_dir
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,7 +62,7 @@ def top(
 
     console = Console(highlight=False, markup=False, emoji=False)
     if as_json:
-        say_json(msgspec.json.decode(fetch_status(runtime_dir())))
+        say_json(msgspec.json.decode(fetch_status(daemons_runtime_dir())))
         return
     if not console.is_terminal:
         console.print(render(_look(), {}))
@@ -81,7 +80,7 @@ def top(
 
 def _look() -> Status:
     try:
-        return msgspec.json.decode(fetch_status(runtime_dir()), type=Status)
+        return msgspec.json.decode(fetch_status(daemons_runtime_dir()), type=Status)
     except msgspec.DecodeError as error:
         raise BadMessage(f"status: {error}") from None
 

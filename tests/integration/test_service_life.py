@@ -126,9 +126,18 @@ def test_a_bad_file_keeps_the_old_configuration_and_says_so(running, users, text
     running.write(CONFIG, text)
     running.run("systemctl", "reload", "ckptd.service")
     assert f"old configuration kept: {CONFIG}: " in running.show("StatusText")
-    [line] = [line for line in running.journal().splitlines() if "old configuration kept" in line]
-    assert "ERROR" in line
+    [line] = running.journal("err").splitlines()
+    assert line.startswith(f"ckptd.daemon.managed: reload: old configuration kept: {CONFIG}: ")
     assert (running.show("MainPID"), running.show("ActiveState")) == (pid, "active")
+    assert committed(users(ALICE)) == "committed"
+
+
+def test_the_managers_socket_is_not_taken_away_from_it(service, users):
+    service.run("systemctl", "start", "ckptd.socket")
+    second = service.ckptd("serve", "--http", "127.0.0.1:0")
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr == "ckptd: bind /run/ckptd/attach.sock: Address already in use (errno 98)\n"
+    assert "ckptd-0-" not in service.run("ls", "-A", "/dev/shm")
     assert committed(users(ALICE)) == "committed"
 
 

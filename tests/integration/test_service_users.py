@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from support.systemd_host import ALICE, BOB, CKPTD
 
 
@@ -36,6 +38,8 @@ def test_two_users_save_at_once_into_folders_that_only_they_can_enter(service, u
         for pid in job["workers"]:
             assert service.run("stat", "-c", "%u", f"/proc/{pid}").strip() == str(uid)
     assert service.wait_show("StatusText", lambda text: text.startswith("2 jobs with 2 ranks"))
+    seen = json.loads(service.run(CKPTD, "status", "--json", uid=BOB, environment={"HOME": "/home/bob"}))
+    assert seen["mode"] == "system", "whom a user's trainers find, that user's commands find, too"
     assert "ckptd-0-" in service.run("ls", "-A", "/dev/shm"), "arenas lie on the node's own /dev/shm"
 
 

@@ -113,9 +113,9 @@ class Host:
         """Return what ``ckptd status --json`` prints."""
         return json.loads(self.run(CKPTD, "status", "--json"))
 
-    def journal(self, unit="ckptd.service"):
-        """Return a unit's log of this boot."""
-        return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit)
+    def journal(self, priority="debug"):
+        """Return the service's log since it was last emptied, from a priority on."""
+        return self.run("journalctl", "--no-pager", "-o", "cat", "-u", "ckptd.service", "-p", priority)
 
     def close(self):
         """Halt it."""

@@ -91,6 +91,21 @@ def test_locked_memory(monkeypatch, limits, verdict, found):
     assert (check.verdict, check.found) == (verdict, found)
 
 
+@pytest.mark.parametrize(
+    ("ran", "user", "verdict", "remedy"),
+    [
+        (Ran((), "b true\n", ""), True, "warn", "`loginctl enable-linger`"),
+        (Ran((), "b true\n", ""), False, "warn", "RemoveIPC=no in /etc/systemd/logind.conf, if users log in here"),
+        (Ran((), "b false\n", ""), False, "ok", ""),
+        (Ran((), "", "busctl is not installed"), False, "ok", ""),
+    ],
+)
+def test_what_logind_does_at_logout(monkeypatch, ran, user, verdict, remedy):
+    monkeypatch.setattr(checks, "run", lambda *_: ran)
+    check = only(checks.check_logout(user=user))
+    assert (check.verdict, check.remedy) == (verdict, remedy)
+
+
 def test_arenas_of_dead_daemons(tmp_path):
     assert only(checks.check_leftovers(str(tmp_path))).verdict == "ok"
     root = tmp_path / "ckptd-0-0123456789ab"

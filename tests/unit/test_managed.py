@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 
 import pytest
@@ -10,7 +11,7 @@ from support.managers import manager_at
 from support.waiting import PATIENCE_S
 
 from ckptd.daemon.config import Config
-from ckptd.daemon.managed import Managed, describe_work, on_hangup
+from ckptd.daemon.managed import Managed, describe_work, log_formatter, on_hangup
 
 SAVE = {"state": "committed", "bytes_done": 10, "bytes_total": 10, "error": None, "started_unix_s": 1.0}
 
@@ -146,6 +147,17 @@ def test_a_bad_file_keeps_the_old_configuration_and_says_so_in_one_line(manager,
     manager.hear()
     assert manager.hear()["STATUS"] == "no jobs"
     assert running.write_threads == 6
+
+
+@pytest.mark.parametrize(
+    ("level", "number"), [("ERROR", 3), ("WARNING", 4), ("INFO", 6), ("DEBUG", 7), ("CRITICAL", 3)]
+)
+def test_a_journal_gets_the_level_before_the_line(monkeypatch, level, number):
+    record = logging.LogRecord("ckptd.x", getattr(logging, level), "", 0, "saved %s", ("a",), None)
+    monkeypatch.setenv("JOURNAL_STREAM", "9:1")
+    assert log_formatter().format(record) == f"<{number}>ckptd.x: saved a"
+    monkeypatch.delenv("JOURNAL_STREAM")
+    assert log_formatter().format(record).endswith(f"{level} ckptd.x: saved a")
 
 
 def test_hanging_up_a_terminal_stops_and_a_signal_reloads(monkeypatch):

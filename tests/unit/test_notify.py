@@ -166,6 +166,20 @@ def test_a_socket_of_another_kind_is_closed_and_named(tmp_path, handed_over, cap
     assert "see ListenStream= of its unit" in caplog.text
 
 
+def test_a_name_on_which_somebody_listens_is_seen(tmp_path):
+    path = tmp_path / "a b.sock"
+    assert not notify.is_listened_on(str(path))
+    (tmp_path / "link").symlink_to(tmp_path)
+    with bound(path):
+        assert notify.is_listened_on(str(path))
+        assert notify.is_listened_on(str(tmp_path / "link" / "a b.sock"))
+        assert not notify.is_listened_on(str(tmp_path / "a"))
+    assert path.exists()
+    assert not notify.is_listened_on(str(path)), "a dead listener's file"
+    with bound(tmp_path / "datagram", socket.SOCK_DGRAM, listen=False):
+        assert not notify.is_listened_on(str(tmp_path / "datagram"))
+
+
 def test_of_two_fitting_sockets_one_is_taken(tmp_path, handed_over):
     with bound(tmp_path / "a") as theirs, socket.socket(fileno=os.dup(theirs.fileno())) as again:
         handed_over(theirs, again)
