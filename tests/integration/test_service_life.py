@@ -92,6 +92,8 @@ def test_a_trainer_may_connect_before_the_daemon_is_up(service, users):
     assert service.show("ActiveState") == "inactive"
     assert committed(users(ALICE)) == "committed"
     assert service.show("ActiveState") == "active"
+    service.run("systemctl", "stop", "ckptd.service")  # the socket stays, and starts it for the next one
+    assert committed(users(BOB), "/home/bob/a") == "committed"
 
 
 def test_a_restart_loop_loses_no_connection_attempt(service, users):
