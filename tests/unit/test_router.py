@@ -61,6 +61,7 @@ def test_a_probe_goes_the_way_of_a_clients_message(endpoint):
 def test_a_router_that_takes_no_messages_does_not_answer(endpoint):
     async def run():
         async with routing(endpoint) as (router, _, task):
+            assert await router.answers(timeout_s=PATIENCE_S)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             silent = [await router.answers(timeout_s=0.01) for _ in range(5)]
