@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test test-packages check bench cross-version format clean
+.PHONY: demo test test-packages check bench soak cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -33,6 +33,10 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# 2,000 saves with kills at random, about half an hour; SOAK_ARGS="--saves 200 --seed 5" for less and others.
+soak: .venv/installed
+	$(BIN)/python tests/soak/run.py $(SOAK_ARGS)
 
 # Other torch versions in environments of their own, removed afterwards; CUDA builds take gigabytes meanwhile.
 CROSS ?= 2.13.0 2.14.1

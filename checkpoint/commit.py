@@ -25,6 +25,7 @@ from ckptd.checkpoint.metadata_pickle import encode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
 from ckptd.checkpoint.planfile import StoredPlan
 from ckptd.checkpoint.system import named, rename_exchange, rename_new, sync_directory, write_file
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.protocol.messages import CommitTask
 
@@ -55,6 +56,7 @@ def discard_save(directory: str) -> None:
         if save_id is None or not directory.endswith(save_id):
             return
     discard(directory)
+    reach(CrashPoint.WORKER_DISCARDED)
 
 
 def discard(directory: str) -> None:
@@ -102,12 +104,16 @@ def commit(plan: StoredPlan, task: CommitTask) -> int:
     # A worker before us may have died after the rename: what has the hidden name is then the old checkpoint.
     if _save_id_of(task.checkpoint_id) != task.save_id:
         write_file(os.path.join(task.directory, INDEX_NAME), encoded)
+        reach(CrashPoint.WORKER_INDEX_WRITTEN)
         write_file(os.path.join(task.directory, METADATA_NAME), metadata)
+        reach(CrashPoint.WORKER_METADATA_WRITTEN)
         sync_directory(task.directory)
+        reach(CrashPoint.WORKER_DIRECTORY_SYNCED)
         publish(task.directory, task.checkpoint_id, overwrite=task.overwrite)
     else:
         sync_directory(os.path.dirname(task.checkpoint_id))
     clear_away(task.directory, task.checkpoint_id)
+    reach(CrashPoint.WORKER_CLEARED)
     images = sum(os.stat(os.path.join(task.checkpoint_id, name)).st_size for name in set(index.files))
     return images + len(encoded) + len(metadata)
 
@@ -116,8 +122,10 @@ def publish(directory: str, checkpoint_id: str, *, overwrite: bool) -> None:
     """Give a complete, durable directory its name, in one step; see the module's invariant."""
     parent = os.path.dirname(checkpoint_id)
     undo = _give_name(directory, checkpoint_id, overwrite=overwrite)
+    reach(CrashPoint.WORKER_NAMED)
     try:
         sync_directory(parent)
+        reach(CrashPoint.WORKER_PARENT_SYNCED)
     except SystemCallFailed:
         undo()  # the new name is not durable, so the save fails, and the id shows what it showed before
         raise

@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
 from ckptd.checkpoint.system import named, preallocate
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
 
@@ -86,6 +87,7 @@ def write_image(
     """
     _check_room(os.path.dirname(path), image.nbytes)
     descriptor, direct = _open(path)
+    reach(CrashPoint.WORKER_FILE_OPENED)
     try:
         preallocate(descriptor, image.nbytes, path)
         begun = time.perf_counter()
@@ -97,10 +99,12 @@ def write_image(
         ranges = frame_ranges(items.offsets[items.indexed], items.lengths[items.indexed], image.nbytes)
         frame = frame_hash(ranges, lambda begin, end: image[begin:end])
         written = time.perf_counter()
+        reach(CrashPoint.WORKER_WRITTEN)
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
     finally:
         os.close(descriptor)
+    reach(CrashPoint.WORKER_FSYNCED)
     return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
 
@@ -173,6 +177,7 @@ class _Writing:
         with self._lock:
             self._done_bytes += end - begin
             done = self._done_bytes
+        reach(CrashPoint.WORKER_CHUNK_WRITTEN)
         self._on_progress(done)
 
     def _pwrite(self, begin: int, end: int) -> int:

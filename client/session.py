@@ -12,21 +12,24 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from ckptd.client.futures import SaveFuture, wait_quietly
-from ckptd.client.handover import HandOver, HandOverSnapshot, make_hand_over_layout, take_hand_over
+from ckptd.client.handover import HandOverSnapshot, make_hand_over_layout, take_hand_over
 from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
 from ckptd.client.logging_handlers import note
-from ckptd.client.slots import OnBusy, Slot, Slots
+from ckptd.client.options import SaveRequest, SessionOptions
+from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.protocol import messages
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
+    DaemonLost,
     DeadlineExceeded,
     SessionClosed,
     SlotTooSmall,
@@ -49,7 +52,7 @@ from ckptd.protocol.messages import (
     Sealed,
     SlotFreed,
 )
-from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS, SlotState
+from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState
 from ckptd.staging.copy import Copier, Pair
 
 if TYPE_CHECKING:
@@ -61,47 +64,6 @@ logger = logging.getLogger(__name__)
 _HEADROOM_DIVISOR: Final = 64
 _ARENA_STEP_BYTES: Final = 2 << 20
 _DRY_ID: Final = "/plan"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """How a session behaves; see :func:`ckptd.client.connect`."""
-
-    on_busy: OnBusy = "wait"
-    staging: Literal["blocking", "background"] = "blocking"
-    slots: int = 2
-    slot_bytes: int | None = None
-    connect_timeout_s: float = 60.0
-    busy_timeout_s: float = 600.0
-    progress_timeout_s: float = 300.0
-    touch_threads: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be, before anything is opened."""
-        if self.on_busy not in {"wait", "skip", "fail"}:
-            raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
-        if self.staging not in {"blocking", "background"}:
-            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
-        if not 1 <= self.slots <= MAX_SLOTS:
-            raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
-        if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
-            raise Unsupported(f"slot_bytes={self.slot_bytes}", f"give at least {ALIGNMENT_BYTES}")
-        for name in ("connect_timeout_s", "busy_timeout_s", "progress_timeout_s"):
-            if not 0 < getattr(self, name) <= 86_400:
-                raise Unsupported(f"{name}={getattr(self, name)}", "give seconds, more than 0 and at most a day")
-
-
-@dataclass(frozen=True)
-class SaveRequest:
-    """One call of `save` or `async_save`, with its arguments understood; all but the state dict, which nobody keeps."""
-
-    checkpoint_id: str
-    settings: str  # planner settings that change the plan
-    flat: bool
-    overwrite: bool
-    read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
-    background: bool
-    hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way
 
 
 @dataclass(eq=False)
@@ -116,6 +78,7 @@ class _Save:
     committed: list[Committed] = field(default_factory=list)  # what the daemon told, once it is
     plan_s: float = 0.0
     assigned: Future[Assigned] = field(default_factory=Future)
+    said: bytes = b""  # the last message about it, for the successor of a daemon that may not have got it
 
 
 class Session:
@@ -156,8 +119,13 @@ class Session:
             identity.launch,
             options.progress_timeout_s,
         )
-        timeouts = LinkTimeouts(options.connect_timeout_s, options.busy_timeout_s)
-        self._link = Link(request, timeouts=timeouts, on_message=self._on_message, on_lost=self._on_lost)
+        self._link = Link(
+            request,
+            timeouts=LinkTimeouts(options.connect_timeout_s, options.busy_timeout_s, options.reconnect_timeout_s),
+            on_message=self._on_message,
+            on_resumed=self._on_resumed,
+            on_lost=self._on_lost,
+        )
         try:
             check_same_daemon(identity, self._link.attached.daemon, timeout_s=options.connect_timeout_s)
             if options.slot_bytes is not None:
@@ -258,7 +226,7 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop()
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost))
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 
@@ -275,7 +243,8 @@ class Session:
             )
             save.future.rank = self.identity.rank
             self._saves[save.sequence] = save
-            return save
+        reach(CrashPoint.CLIENT_SCHEDULED)
+        return save
 
     def _look(self, state_dict: Mapping[str, Any], request: SaveRequest) -> Snapshot:
         if request.hand_over is not None:
@@ -318,7 +287,9 @@ class Session:
         try:
             begun = time.monotonic()
             slot.set_state(SlotState.STAGING, sequence=save.sequence)
+            reach(CrashPoint.CLIENT_STAGING)
             object_bytes = self._copy(slot, layout, snapshot)
+            reach(CrashPoint.CLIENT_STAGED)
             stage_s = time.monotonic() - begun
             note("save", "stage", save.future.checkpoint_id, self.identity.rank, stage_s, nbytes=layout.image_bytes)
         except BaseException:
@@ -365,10 +336,13 @@ class Session:
                 code_offset=layout.code_offset or 0,
             )
         )
-        slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
+        save.said = seal
+        slot.seal(seal, sequence=save.sequence)
+        reach(CrashPoint.CLIENT_SEAL_WRITTEN)
         save.snapshot = None  # what is staged needs no reference to the state dict
         save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line
         self._link.send_encoded(seal)
+        reach(CrashPoint.CLIENT_SEAL_SENT)
         note("save", "seal", save.future.checkpoint_id, self.identity.rank, time.monotonic() - now)
 
     def _give_up(self, save: _Save, error: CkptdError) -> None:
@@ -376,9 +350,13 @@ class Session:
         save.future.note_staging_failed(error)
         if self.live and not save.future.done():
             # The daemon tells all ranks alike, this one included.
-            self._link.send(GaveUp(save.sequence, save.request.checkpoint_id, error.report()))
+            self._say(save, GaveUp(save.sequence, save.request.checkpoint_id, error.report()))
         else:
             save.future.note_failed(error)
+
+    def _say(self, save: _Save, message: Propose | GaveUp) -> None:
+        save.said = messages.encode(message)
+        self._link.send_encoded(save.said)
 
     # --- layouts and room ----------------------------------------------------------------------------------------
 
@@ -397,12 +375,14 @@ class Session:
             raise UnexpectedError(f"{len(snapshot.sources)} sources for {plan.items} items")
         encoded = plan.encode()
         digest = xxhash.xxh3_128_hexdigest(encoded)
-        self._link.send(Propose(save.sequence, save.request.checkpoint_id, digest, encoded, dry))
+        self._say(save, Propose(save.sequence, save.request.checkpoint_id, digest, encoded, dry))
+        reach(CrashPoint.CLIENT_PROPOSED)
         # The daemon's own deadline ends this wait; the factor is for a daemon that is itself late.
         try:
             assigned = save.assigned.result(timeout=2 * self.options.progress_timeout_s)
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
+        reach(CrashPoint.CLIENT_ASSIGNED)
         self._layout = layout = make_rank_layout(structure, digest, plan, assigned.assigned)
         return layout
 
@@ -449,6 +429,7 @@ class Session:
             case Progress():
                 save.future.note_progress(news.bytes_done, news.bytes_total)
             case Committed():
+                reach(CrashPoint.CLIENT_COMMITTED)
                 save.committed.append(news)
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
@@ -462,6 +443,14 @@ class Session:
         save.future.note_failed(error)
         if not save.assigned.done():
             save.assigned.set_exception(error)
+
+    def _on_resumed(self) -> None:
+        """A successor has taken the session up: what the daemon before it may not have got is said again."""
+        self._slots.look_again()
+        self.on_cache_news(None)
+        for save in list(self._saves.values()):
+            if save.said:
+                self._link.send_encoded(save.said)
 
     def _on_lost(self, error: CkptdError) -> None:
         logger.warning("session of job %s lost: %s", self.identity.job, error)

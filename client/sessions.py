@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ckptd.client.arguments import plan_settings
 from ckptd.client.identity import Identity, alone, of_group
-from ckptd.client.session import Session, SessionOptions
+from ckptd.client.options import SessionOptions
+from ckptd.client.session import Session
 from ckptd.client.slots import OnBusy
 from ckptd.protocol.errors import Unsupported
 
@@ -37,6 +38,7 @@ def connect(
     connect_timeout_s: float = 60.0,
     busy_timeout_s: float = 600.0,
     progress_timeout_s: float = 300.0,
+    reconnect_timeout_s: float = 60.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
 
@@ -54,6 +56,8 @@ def connect(
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
+        reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
+            what is under way; without one, the saves under way fail.
 
     Raises:
         DaemonUnavailable: There is no daemon and none could be started.
@@ -68,6 +72,7 @@ def connect(
         connect_timeout_s=connect_timeout_s,
         busy_timeout_s=busy_timeout_s,
         progress_timeout_s=progress_timeout_s,
+        reconnect_timeout_s=reconnect_timeout_s,
     )
     if (rank is None) != (world_size is None):
         raise Unsupported("rank without world_size, or the other way round", "give both or neither")

@@ -26,6 +26,7 @@ Chunk = Annotated[int, msgspec.Meta(ge=_BLOCK_BYTES, le=1024 * _MIB, multiple_of
 Nice = Annotated[int, msgspec.Meta(ge=0, le=19)]
 # The upper bound also keeps out TOML's inf and nan: no wait is without end.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
+Retention = Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)]
 Directory = Annotated[str, msgspec.Meta(pattern="^/")]
 CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
@@ -67,6 +68,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     stop_timeout_s: Seconds = 60.0
     """Seconds for which a daemon that got SIGTERM goes on writing what is sealed."""
+
+    retain_s: Retention = 600.0
+    """Seconds for which the last commit of a job whose trainers have ended is kept in shared memory, from which a
+    restarted trainer loads it; 0: not at all. It is given up earlier if the memory is needed."""
+
+    orphan_timeout_s: Seconds = 3600.0
+    """Seconds after which shared memory is reclaimed that no daemon knows and no live process uses."""
 
     user_code: bool | Literal["auto"] = "auto"
     """Whether users' own planners and storage writers may run in workers, under their uid; auto is true, but false in

@@ -5,27 +5,50 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.daemon.sessions import ArenaFile
-from ckptd.protocol.messages import HandOverTask, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
+from ckptd.protocol.errors import SystemCallFailed
+from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
 from ckptd.protocol.save import SaveRules
-from ckptd.staging.arena import slot_offset
+
+RANKS_SUFFIX: Final = ".ranks"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CurrentPlan:
-    """A plan in force: its file, and what it means for each rank."""
+    """A plan in force: its file, and what it means for each rank.
+
+    Attributes:
+        path: Its file, which workers read.
+        digests: By which each rank knows its part.
+        image_bytes: Size of each rank's image in bytes.
+        made_for: Incarnation and sequence of the generation that it was made for.
+        committed: Whether a generation staged under it was committed: only then is it kept for the next ones.
+    """
 
     path: str
     digests: tuple[str, ...]
-    proposals: tuple[bytes, ...]  # each rank's encoded local plan, so that a changed rank can be planned anew
-    done: PlanDone
+    image_bytes: tuple[int, ...]
+    made_for: tuple[int, int]
+    committed: bool = False
+    _ranks: PlanRanks | None = None
 
-    @property
-    def image_bytes(self) -> tuple[int, ...]:
-        """Size of each rank's image in bytes."""
-        return tuple(self.done.image_bytes)
+    def ranks(self) -> PlanRanks:
+        """Return each rank's local plan and assignment, so that a changed rank can be planned anew.
+
+        Raises:
+            SystemCallFailed: The file beside the plan cannot be read. The save fails; the next one plans anew.
+        """
+        if self._ranks is None:
+            path = self.path + RANKS_SUFFIX
+            try:
+                with open(path, "rb") as file:
+                    self._ranks = decode_plan_ranks(file.read())
+            except OSError as error:
+                raise SystemCallFailed("read", path, error.errno or 0) from None
+        return self._ranks
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,12 @@ class Generation:
         """Age of the save, or how long it took."""
         return (self.ended_at_s or time.monotonic()) - self.begun_at_s
 
+    def forget_work(self) -> None:
+        """The save is committed: only where its image lies is still of interest."""
+        self.written.clear()
+        self.proposals.clear()
+        self.metadata = b""
+
     def note_news(self) -> None:
         """Something happened: the deadline begins anew."""
         self.news_at_s = time.monotonic()
@@ -99,19 +128,3 @@ class Generation:
             "ranks_sealed": len(self.rules.sealed),
             "error": None if self.rules.error is None else str(self.rules.error),
         }
-
-
-def hand_over_task(generation: Generation) -> HandOverTask:
-    """Return what a worker needs for a save that all ranks have handed over."""
-    return HandOverTask([_staged(generation.seals[rank]) for rank in range(generation.rules.world_size)])
-
-
-def _staged(seal: Seal) -> StagedHandOver:
-    message, arena = seal.message, seal.arena
-    return StagedHandOver(
-        arena_path=arena.path,
-        image_offset=slot_offset(message.slot, arena.slot_bytes) + message.control_bytes,
-        image_bytes=message.image_bytes,
-        code_offset=message.code_offset,
-        code_bytes=message.code_bytes,
-    )

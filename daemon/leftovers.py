@@ -1,8 +1,8 @@
 """What dead daemons and killed saves leave behind, and what of it may go.
 
-Invariants: a daemon's directory on tmpfs is locked as long as the daemon lives, by a lock that the kernel releases; and
-nothing is judged a leftover that a live daemon works on, that somebody locks, or that may be the only copy of a
-checkpoint.
+Invariant: nothing is judged a leftover that a live daemon works on or a trainer waits for, that somebody locks, or that
+may be the only copy of a checkpoint. A daemon's directory on tmpfs is locked as long as it lives: see
+:mod:`ckptd.daemon.directories`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,24 @@ from typing import Final
 
 from ckptd.checkpoint.names import METADATA_NAME, is_checkpoint_file, parse_hidden
 from ckptd.protocol.errors import SystemCallFailed
-from ckptd.staging.arena import SlotState, count_slots, read_slot
+from ckptd.staging.arena import SlotState, count_slots, is_held, read_slot
 
 _RUNTIME: Final = "runtime"
 _ROOT: Final = re.compile(r"ckptd-(\d+)-[0-9a-f]{12}")
 _BLOCK_BYTES: Final = 512  # of st_blocks, on every file system: stat(2)
 
 
-def claim(root: str, runtime: str) -> int:
-    """Mark a directory on tmpfs as this daemon's.
-
-    Args:
-        root: The directory.
-        runtime: The daemon's runtime directory, in which it can be found and asked.
-
-    Returns:
-        The descriptor that holds the lock: the directory is a leftover when it is closed, or this process has ended.
+def mark(root: str, runtime: str) -> None:
+    """Let a daemon's directory on tmpfs, which it holds locked, name its runtime directory, where it can be asked.
 
     Raises:
-        SystemCallFailed: The directory cannot be used, or another daemon has it.
+        SystemCallFailed: The directory cannot be written.
     """
     try:
         with open(os.path.join(root, _RUNTIME), "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(runtime)
-        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise SystemCallFailed("lock", root, error.errno or 0) from None
-    return descriptor
+        raise SystemCallFailed("write", root, error.errno or 0) from None
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,8 @@ class ArenaDirectory:
         live: Whether its daemon lives, or may live: one that we may not look into, or that no daemon has marked, is not
             ours to judge.
         nbytes: Memory that it takes.
-        sealed: Slots whose saves a daemon that starts again may still finish.
+        sealed: Slots whose saves its next daemon may still finish.
+        waiting: Whether trainers live that wait for its next daemon.
     """
 
     path: str
@@ -66,6 +57,7 @@ class ArenaDirectory:
     live: bool
     nbytes: int
     sealed: int
+    waiting: bool
 
 
 def arena_directories(shm_dir: str) -> list[ArenaDirectory]:
@@ -85,8 +77,9 @@ def _look_into(path: str) -> ArenaDirectory:
     ):
         runtime = file.read()
     live = not (runtime and _unlocked(path))
-    sealed = 0 if live else sum(map(_sealed_slots, _files(path)))
-    return ArenaDirectory(path, runtime, live, tree_bytes(path), sealed)
+    arenas = [] if live else [_look_at_arena(file) for file in _files(path) if file.endswith(".arena")]
+    sealed, waiting = sum(number for number, _ in arenas), any(held for _, held in arenas)
+    return ArenaDirectory(path, runtime, live, tree_bytes(path), sealed, waiting)
 
 
 def _unlocked(path: str) -> bool:
@@ -104,18 +97,18 @@ def _unlocked(path: str) -> bool:
     return True
 
 
-def _sealed_slots(path: str) -> int:
-    if not path.endswith(".arena"):
-        return 0
+def _look_at_arena(path: str) -> tuple[int, bool]:
+    """Return how many slots of an arena are sealed, and whether a live trainer holds it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return 0, False
     try:
         states = [read_slot(descriptor, slot)[0] for slot in range(count_slots(descriptor))]
+        held = is_held(descriptor)
     finally:
         os.close(descriptor)
-    return sum(state in (SlotState.SEALED, SlotState.PERSISTING) for state in states)
+    return sum(state in (SlotState.SEALED, SlotState.PERSISTING) for state in states), held
 
 
 @dataclass(frozen=True)

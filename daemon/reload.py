@@ -27,6 +27,8 @@ LIVE: Final = frozenset(
         "stop_timeout_s",
         "node_cache_bytes",
         "node_cache_wait_s",
+        "orphan_timeout_s",
+        "retain_s",
         "work_attempts",
     }
 )

@@ -6,6 +6,7 @@ Invariant: a session's token opens the slots of this session's arenas and no oth
 from __future__ import annotations
 
 import os
+import pwd
 import secrets
 import select
 import time
@@ -17,7 +18,7 @@ from ckptd.daemon.supervisor import Identity
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage
 from ckptd.protocol.messages import Sealed
-from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState, read_seal, read_slot, write_slot_state
+from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState, is_held, read_seal, read_slot, write_slot_state
 
 TOKEN_BYTES: Final = 32
 
@@ -29,9 +30,12 @@ class Peer:
     pid: int
     uid: int
     gid: int
+    started_ticks: int = 0  # since boot; tells it from a later process of its pid. 0: unknown
 
     def has_ended(self) -> bool:
         """Return whether the process is gone; one that its parent has not waited for is."""
+        if self.started_ticks and started_ticks(self.pid) not in {self.started_ticks, 0}:
+            return True  # the pid is another's by now
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -42,6 +46,16 @@ class Peer:
             return bool(select.select([descriptor], [], [], 0)[0])
         finally:
             os.close(descriptor)
+
+
+def started_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot, or 0 where nobody can tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The second field, the command's name in parentheses, may hold blanks. Source: proc_pid_stat(5).
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,16 @@ class Session:
     arenas: dict[int, ArenaFile] = field(default_factory=dict)
     heard_at_s: float = field(default_factory=time.monotonic)
     live: bool = True
+    attached: bool = True  # whether it has a connection now
+    attachment: int = 0  # which of its attach connections counts; a client that lost one comes back by another
+
+    @property
+    def client_has_ended(self) -> bool:
+        """Whether the client is gone, as the kernel tells: for a session that has no connection."""
+        if self.peer.has_ended():
+            return True
+        arenas = self.arenas.values()
+        return bool(arenas) and not any(is_held(arena.descriptor) for arena in arenas)
 
     @property
     def silent_s(self) -> float:
@@ -131,3 +155,15 @@ class Session:
         if arena is not None:
             os.close(arena.descriptor)
             os.unlink(arena.path)
+
+
+def identity_of(peer: Peer) -> Identity | None:
+    """Return whom a peer's workers run as; None where that is ourselves."""
+    if os.geteuid() != 0 or peer.uid == 0:
+        return None
+    try:
+        name = pwd.getpwuid(peer.uid).pw_name
+        groups = os.getgrouplist(name, peer.gid)
+    except KeyError:
+        groups = [peer.gid]  # a uid without a name, as in many containers
+    return Identity(peer.uid, peer.gid, tuple(groups))

@@ -27,7 +27,9 @@ from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
 from ckptd.checkpoint.write import Pace, Payloads, write_image
+from ckptd.daemon.generation import RANKS_SUFFIX
 from ckptd.protocol import messages
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
 from ckptd.protocol.messages import (
     CommitDone,
@@ -37,6 +39,7 @@ from ckptd.protocol.messages import (
     HandOverDone,
     HandOverTask,
     PlanDone,
+    PlanRanks,
     PlanTask,
     Task,
     TaskFailed,
@@ -61,6 +64,7 @@ _IOPRIO_BEST_EFFORT_LOWEST: Final = (2 << 13) | 7
 # In thousandths of all memory: as if a worker held a tenth more than it does. Source: proc(5), oom_score_adj.
 _OOM_SCORE_MORE: Final = 100
 _OOM_SCORE_MOST: Final = 1000
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 class _Arenas:
@@ -183,11 +187,15 @@ def _plan(task: PlanTask) -> PlanDone:
     plans = [decode_plan(data) for data in task.plans]
     fixed = [None if done is None else np.frombuffer(done, dtype="<i8") for done in task.fixed]
     plan = make_plan(plans, fixed)
-    store_plan(task.path, plan)
-    return PlanDone(
+    done = PlanDone(
         [mine.astype("<i8").tobytes() for mine in plan.assigned],
         [layout.image_bytes for layout in plan.layouts],
     )
+    with open(task.path + RANKS_SUFFIX, "wb") as file:  # first: with the plan's own file all is there
+        file.write(messages.encode(PlanRanks(task.plans, done.assigned)))
+    store_plan(task.path, plan)
+    reach(CrashPoint.WORKER_PLANNED)
+    return done
 
 
 def _step_back(nice: int) -> None:
@@ -206,8 +214,18 @@ def _go_first() -> None:
         file.write(str(min(max(0, ours) + _OOM_SCORE_MORE, _OOM_SCORE_MOST)))
 
 
+def _die_with(daemon: int) -> None:
+    """Let the kernel end us when the daemon ends, however it does: its successor does our work again.
+
+    Not earlier than here: a change of uid or an exec would forget it.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != daemon:
+        os.kill(os.getpid(), signal.SIGKILL)  # it was dead already
+
+
 def main() -> None:
-    """Serve tasks from the socket whose descriptor is the first argument; the second is the nice value.
+    """Serve tasks from the socket whose descriptor is the first argument; then the nice value and the daemon's pid.
 
     With ``--users-code`` torch is loaded before the worker steps back: among cores that are all taken it would take
     minutes after that.
@@ -215,10 +233,11 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s worker %(process)d: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the daemon decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does a service manager's stop
-    if "--users-code" in sys.argv[3:]:
+    if "--users-code" in sys.argv[4:]:
         importlib.import_module("ckptd.daemon.handover")
     _step_back(int(sys.argv[2]))
     _go_first()
+    _die_with(int(sys.argv[3]))
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 
 

@@ -4,7 +4,7 @@ Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSI
 misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
 
 Three conversations:
-    attach socket   Attach, OpenArena, OpenCache, Drain -> Attached, ArenaOpened, CacheOpened, Drained, Refused
+    attach socket   Attach, Resume, OpenArena, OpenCache, Drain -> Attached, ArenaOpened, CacheOpened, Drained, Refused
                     (Unix socket: credentials, descriptors)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
@@ -18,7 +18,7 @@ import msgspec
 
 from ckptd.protocol.errors import BadMessage, ErrorReport
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
 
@@ -51,6 +51,15 @@ class Attach(Message, frozen=True, tag="attach"):
     progress_timeout_s: Seconds = 0  # a save without news for so long fails; 0 is the daemon's own setting
 
 
+class Resume(Message, frozen=True, tag="resume"):
+    """Client to daemon: go on with a session whose connection, or whose daemon, is gone. Answer: Attached."""
+
+    protocol: int
+    token: bytes
+    job: Name
+    incarnation: int
+
+
 class Attached(Message, frozen=True, tag="attached"):
     """Daemon to client: the session is open; ``token`` goes before every message."""
 
@@ -63,6 +72,7 @@ class Attached(Message, frozen=True, tag="attached"):
     version: str
     daemon: str  # another one for each daemon: ranks compare it to see that they reached the same
     user_code: bool = True  # whether users' own planners and writers may run in its workers
+    embedded: bool = False  # a private daemon, which nobody but its clients starts again
 
 
 class OpenArena(Message, frozen=True, tag="open_arena"):
@@ -277,12 +287,14 @@ class Fenced(Message, frozen=True, tag="fenced"):
 class PlanTask(Message, frozen=True, tag="plan_task"):
     """Make one plan of all ranks' proposals and keep it in ``path``.
 
-    ``fixed``: for each rank the positions it has already staged under an earlier plan, or None.
+    ``fixed``: for each rank the positions it has already staged under an earlier plan, or None. ``digests``: by which
+    the ranks know their own plans. Beside ``path`` the worker leaves a :class:`PlanRanks`.
     """
 
     path: Name
     plans: list[bytes]
     fixed: list[bytes | None]
+    digests: list[str]
 
 
 class PlanDone(Message, frozen=True, tag="plan_done"):
@@ -290,6 +302,13 @@ class PlanDone(Message, frozen=True, tag="plan_done"):
 
     assigned: list[bytes]
     image_bytes: list[NBytes]
+
+
+class PlanRanks(msgspec.Struct, frozen=True, array_like=True):
+    """What a plan was made of, in a file beside it: each rank's local plan, and the positions that it writes."""
+
+    plans: list[bytes]
+    assigned: list[bytes]
 
 
 class WriteTask(Message, frozen=True, tag="write_task"):
@@ -382,7 +401,7 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | OpenArena | OpenCache | Drain
+AttachRequest = Attach | Resume | OpenArena | OpenCache | Drain
 AttachReply = Attached | ArenaOpened | CacheOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
 ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
@@ -404,11 +423,13 @@ _attach_reply: msgspec.msgpack.Decoder[AttachReply] = msgspec.msgpack.Decoder(At
 _client_message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _daemon_message: msgspec.msgpack.Decoder[DaemonMessage] = msgspec.msgpack.Decoder(DaemonMessage)
 _task: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
+_error_report = msgspec.msgpack.Decoder(ErrorReport)
+_plan_ranks = msgspec.msgpack.Decoder(PlanRanks)
 _task_reply: msgspec.msgpack.Decoder[TaskReply] = msgspec.msgpack.Decoder(TaskReply)
 
 
-def encode(message: Message) -> bytes:
-    """Return the wire form of a message."""
+def encode(message: Message | PlanRanks | ErrorReport) -> bytes:
+    """Return the wire form of a message, or of what is kept like one."""
     return _encoder.encode(message)
 
 
@@ -442,6 +463,16 @@ def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
 def decode_daemon_message(frame: bytes | memoryview) -> DaemonMessage:
     """Raises BadMessage."""
     return _decode(_daemon_message, frame)
+
+
+def decode_plan_ranks(data: bytes) -> PlanRanks:
+    """Raises BadMessage."""
+    return _decode(_plan_ranks, data)
+
+
+def decode_error(data: bytes) -> ErrorReport:
+    """Raises BadMessage."""
+    return _decode(_error_report, data)
 
 
 def decode_task(frame: bytes) -> Task:

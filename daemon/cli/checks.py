@@ -148,7 +148,7 @@ def check_leftovers(shm_dir: str) -> Check:
     from ckptd.daemon.leftovers import arena_directories
 
     try:
-        dead = [arena for arena in arena_directories(shm_dir) if not arena.live]
+        dead = [arena for arena in arena_directories(shm_dir) if not (arena.live or arena.waiting)]
     except CkptdError as error:
         return warn("leftovers", str(error), "check the directory")
     if dead:

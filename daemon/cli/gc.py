@@ -88,6 +88,8 @@ def _find(folders: list[str], shm_dir: str, *, older_than_s: float, sealed: bool
     found = []
     for arena in arenas:
         keep = "its daemon lives, or is not ours to judge" if arena.live else ""
+        if arena.waiting and not keep:
+            keep = "trainers live that wait for its next daemon"
         if arena.sealed and not sealed and not keep:
             keep = (
                 f"holds {arena.sealed} sealed saves that its daemon may finish when it is started; --sealed drops them"

@@ -29,6 +29,7 @@ from ckptd.protocol.errors.lifecycle import (
     DeadlineExceeded,
     RankLost,
     SessionClosed,
+    SessionUnknown,
     ShuttingDown,
     WorkerDied,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "SaveAborted",
     "SaveSkipped",
     "SessionClosed",
+    "SessionUnknown",
     "SeveralFailed",
     "ShmTooSmall",
     "ShuttingDown",

@@ -130,15 +130,21 @@ class TestGc:
         future.result(PATIENCE_S)
         assert_holds(tmp_path / "b", value=2.0)
 
-    def test_arenas_of_a_killed_daemon_go(self, mounts, runtime, start_daemon, client, ckptd, tmp_path):
+    def test_arenas_of_a_killed_daemon_go_when_no_trainer_waits(self, mounts, start_daemon, trainers, ckptd, tmp_path):
         shm = mounts.tmpfs(mib=64, name="shm")
         daemon = start_daemon(shm_dir=str(shm))
-        client.save(state(), checkpoint_id=tmp_path / "a")
+        arenas = daemon.runtime.arenas
+        trainer = trainers.start()
+        trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
         daemon.kill()
-        assert runtime.arenas.exists()
+        kept = ckptd("gc", "--shm-dir", shm, "--yes")
+        assert (kept.returncode, kept.stderr) == (0, "")
+        assert "kept: trainers live that wait for its next daemon" in kept.stdout
+        assert arenas.exists()
+        trainer.kill()
         done = ckptd("gc", "--shm-dir", shm, "--yes")
         assert (done.returncode, done.stderr) == (0, "")
-        assert not runtime.arenas.exists()
+        assert not arenas.exists()
 
 
 class Terminal:

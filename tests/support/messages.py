@@ -9,10 +9,11 @@ ERROR = DiskFull("/runs", 10, 3).report()
 
 SAMPLES = {
     m.decode_attach_request: [
-        m.Attach(1, "job", 0, 2, "launch", 2.5),
+        m.Attach(2, "job", 0, 2, "launch", 2.5),
+        m.Resume(2, b"token", "job", 3),
         m.OpenArena(2, 8192),
         m.OpenCache(7),
-        m.Drain(1, 2.5),
+        m.Drain(2, 2.5),
     ],
     m.decode_attach_reply: [
         m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
@@ -46,7 +47,7 @@ SAMPLES = {
         m.Fenced(ERROR),
     ],
     m.decode_task: [
-        m.PlanTask("/plan", [b"a", b"b"], [None, b"\0" * 8]),
+        m.PlanTask("/plan", [b"a", b"b"], [None, b"\0" * 8], ["one", "two"]),
         m.WriteTask("/plan", 1, "/arena", 4096, 8192, b"", "/dir", "__1_0.distcp", 4, 1 << 20),
         m.CommitTask("/plan", "/dir", "/runs/7", "save", [b"h"], [7], [b"o"], True, {"job": "job"}),
         m.DiscardTask("/dir"),

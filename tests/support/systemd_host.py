@@ -156,6 +156,7 @@ def service(host):
     host.run(CKPTD, "uninstall")
     host.call("systemctl", "reset-failed")
     host.run("journalctl", "--rotate", "--vacuum-size=1K", "--quiet")
+    host.run("sh", "-c", "rm -rf /dev/shm/ckptd-* /var/lib/ckptd")
     assert "Traceback" not in log
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -10,9 +11,9 @@ import time
 import pytest
 
 from ckptd.daemon.cli import gc
-from ckptd.daemon.leftovers import claim
+from ckptd.daemon.leftovers import mark
 from ckptd.protocol.errors import DaemonUnavailable
-from ckptd.staging.arena import SlotState, create_arena, write_slot_state
+from ckptd.staging.arena import SlotState, create_arena, hold, let_go, write_slot_state
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CKPTD_RUNTIME_DIR", str(tmp_path / "run"))
     dead = tmp_path / "shm" / "ckptd-0-0123456789ab"
     dead.mkdir(parents=True)
-    os.close(claim(str(dead), "/nowhere"))
+    mark(str(dead), "/nowhere")
     hidden = tmp_path / "runs" / ".a.ckptd-1"
     hidden.mkdir(parents=True)
     (hidden / "__0_0.distcp").write_bytes(b"x")
@@ -101,6 +102,16 @@ def test_sealed_saves_of_a_dead_daemon_are_kept_for_its_successor(run, place):
     assert left(place) == []
 
 
+def test_arenas_that_trainers_hold_are_kept_whatever_is_said(run, place):
+    arena = create_arena(str(place / "shm" / BOTH[1] / "x.arena"), slots=1, slot_bytes=4096)
+    held = hold(arena)
+    os.close(arena)
+    _, out, _ = run("--yes", "--sealed")
+    assert left(place) == [BOTH[1]]
+    assert "kept: trainers live that wait for its next daemon" in out
+    let_go(held)
+
+
 def status_of(checkpoint_id, state):
     save = {"checkpoint_id": checkpoint_id, "state": state}
     return json.dumps({"jobs": [{"generations": [save]}]}).encode()
@@ -111,7 +122,9 @@ def live(place):
     """A live daemon of this node, found by its arenas."""
     live = place / "shm" / "ckptd-7-ba9876543210"
     live.mkdir()
-    lock = claim(str(live), "/its/runtime")
+    mark(str(live), "/its/runtime")
+    lock = os.open(live, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     yield "/its/runtime"
     os.close(lock)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import (
 
 from ckptd import client
 from ckptd.client import sessions
-from ckptd.client.session import SaveRequest, SessionOptions
+from ckptd.client.options import SaveRequest, SessionOptions
 from ckptd.protocol.errors import Unsupported
 
 STATE = {"w": torch.ones(2)}

@@ -12,14 +12,14 @@ from ckptd.checkpoint.names import hidden_directory, parse_hidden
 from ckptd.daemon.leftovers import (
     HiddenSave,
     arena_directories,
-    claim,
     hidden_saves,
+    mark,
     reason_to_keep,
     remove_arenas,
     remove_hidden,
 )
 from ckptd.protocol.errors import SystemCallFailed
-from ckptd.staging.arena import SlotState, create_arena, write_slot_state
+from ckptd.staging.arena import SlotState, create_arena, hold, let_go, write_slot_state
 
 NAME = "ckptd-0-0123456789ab"
 HOUR_S = 3600.0
@@ -40,6 +40,14 @@ def test_a_hidden_name_is_taken_apart_as_it_was_made():
         assert parse_hidden(name) is None
 
 
+def claim(root, runtime):
+    """Be the daemon of a directory until the returned descriptor is closed."""
+    descriptor = os.open(root, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    mark(root, runtime)
+    return descriptor
+
+
 class TestArenas:
     def test_a_live_daemons_directory_is_live_until_its_lock_goes(self, tmp_path, root):
         lock = claim(str(root), "/run/ckptd")
@@ -53,11 +61,18 @@ class TestArenas:
         assert not root.exists()
         assert remove_arenas(str(root)), "gone is gone"
 
-    def test_a_directory_has_one_daemon(self, root):
-        lock = claim(str(root), "/run/ckptd")
-        with pytest.raises(SystemCallFailed, match="lock"):
-            claim(str(root), "/run/ckptd")
-        os.close(lock)
+    def test_arenas_that_a_live_trainer_holds_wait_for_the_next_daemon(self, tmp_path, root):
+        os.close(claim(str(root), "/run/ckptd"))
+        arena = create_arena(str(root / "rank-0-1.arena"), slots=1, slot_bytes=4096)
+        held = hold(arena)
+        os.close(arena)
+        assert [found.waiting for found in arena_directories(str(tmp_path))] == [True]
+        let_go(held)
+        assert [found.waiting for found in arena_directories(str(tmp_path))] == [False]
+
+    def test_a_directory_that_cannot_be_marked_is_an_error(self, tmp_path):
+        with pytest.raises(SystemCallFailed, match="gone"):
+            mark(str(tmp_path / "gone"), "/run/ckptd")
 
     def test_a_directory_that_no_daemon_has_marked_is_not_judged(self, tmp_path, root):
         [found] = arena_directories(str(tmp_path))
