@@ -3,7 +3,12 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test test-packages check bench soak cross-version format clean
+# What some tests drive: strace, file systems on loop devices, a systemd in namespaces. They skip where it is lacking.
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs systemd-analyze nsenter setpriv useradd pgrep
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs systemd util-linux passwd procps
+SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+.PHONY: demo test system-packages fuzz check bench soak cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -16,14 +21,20 @@ BIN    := .venv/bin
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
-# Beyond Python: the tests of the service boot a systemd in namespaces. Does nothing where all is there.
-TEST_PACKAGES := systemd util-linux passwd procps
-test-packages:
-	@test -x /lib/systemd/systemd && command -v nsenter setpriv useradd pgrep >/dev/null || \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(TEST_PACKAGES); }
-
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Debian's and Ubuntu's packages; nothing is asked of apt where all programs are there.
+system-packages:
+	@PATH="$$PATH:/usr/sbin:/sbin"; for program in $(PROGRAMS); do \
+	  command -v $$program >/dev/null || { echo "$$program is missing: installing $(PACKAGES)"; \
+	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
+	done
+
+# A hundred times the damaged input of the tests, from another seed each time; a failure names the seed.
+fuzz: .venv/installed
+	CKPTD_FUZZ_SEED=$${SEED:-$$(date +%s)} CKPTD_FUZZ_COUNT=$${COUNT:-150000} $(BIN)/python -m pytest tests/fault/test_fuzz.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

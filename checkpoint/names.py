@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Final
 
 INDEX_NAME: Final = ".ckptd"
 METADATA_NAME: Final = ".metadata"
-_HIDDEN: Final = re.compile(r"\.(.+)\.ckptd-(.+)", re.DOTALL)
+# What an old checkpoint is called while it is replaced, where two names cannot be exchanged in one step.
+_SET_ASIDE: Final = ".old"
 
 
 def image_name(rank: int) -> str:
@@ -22,10 +22,22 @@ def hidden_directory(checkpoint_id: str, save_id: str) -> str:
     return os.path.join(parent, f".{name}.ckptd-{save_id}")
 
 
-def parse_hidden(name: str) -> tuple[str, str] | None:
-    """Return the checkpoint's name and the save's id of a hidden directory's name; None if it is none."""
-    found = _HIDDEN.fullmatch(name)
-    return (found[1], found[2]) if found else None
+def set_aside(directory: str) -> str:
+    """Return where the old checkpoint waits while a save's hidden directory takes its name."""
+    return directory + _SET_ASIDE
+
+
+def split_hidden(path: str) -> tuple[str, str, bool] | None:
+    """Take the path of a hidden directory apart.
+
+    Returns:
+        The checkpoint id, the save's id, and whether it is what was set aside; None if it is no such path.
+    """
+    parent, name = os.path.split(path)
+    begin, found, save_id = name.removesuffix(_SET_ASIDE).rpartition(".ckptd-")
+    if not (found and save_id and begin.startswith(".") and begin[1:]):
+        return None
+    return os.path.join(parent, begin[1:]), save_id, name.endswith(_SET_ASIDE)
 
 
 def is_checkpoint_file(name: str) -> bool:

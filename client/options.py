@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptd.client.handover import HandOver
 from ckptd.client.slots import OnBusy
+from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
 from ckptd.protocol.messages import Committed
 from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS
@@ -21,7 +22,7 @@ class SessionOptions:
     """How a session behaves; see :func:`ckptd.client.connect`."""
 
     on_busy: OnBusy = "wait"
-    staging: Literal["blocking", "background"] = "blocking"
+    staging: Literal["blocking", "background", "waves"] = "blocking"
     slots: int = 2
     slot_bytes: int | None = None
     connect_timeout_s: float = 60.0
@@ -34,8 +35,10 @@ class SessionOptions:
         """Refuse what cannot be, before anything is opened."""
         if self.on_busy not in {"wait", "skip", "fail"}:
             raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
-        if self.staging not in {"blocking", "background"}:
-            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
+        if self.staging not in {"blocking", "background", "waves"}:
+            raise Unsupported(f"staging={self.staging!r}", "give 'blocking', 'background' or 'waves'")
+        if self.staging == "waves" and self.slot_bytes is None:
+            object.__setattr__(self, "slot_bytes", WAVE_SLOT_BYTES)
         if not 1 <= self.slots <= MAX_SLOTS:
             raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
         if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:

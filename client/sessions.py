@@ -32,7 +32,7 @@ def connect(
     world_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     on_busy: OnBusy = "wait",
-    staging: Literal["blocking", "background"] = "blocking",
+    staging: Literal["blocking", "background", "waves"] = "blocking",
     slots: int = 2,
     slot_bytes: int | None = None,
     connect_timeout_s: float = 60.0,
@@ -50,9 +50,12 @@ def connect(
         process_group: The ranks that save together; the default is the default group, if there is one.
         on_busy: What a save does when all slots are being written: wait (at most ``busy_timeout_s``), skip or fail.
         staging: "blocking": `async_save` returns when the tensors may change. "background": it returns at once, and
-            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`.
-        slots: How many saves can be staged at a time.
-        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict.
+            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`. "waves": as "blocking",
+            but what is larger than a slot goes through the slots part by part, while the parts before it are written:
+            memory stays ``slots`` times ``slot_bytes``, and the call takes as long as the disk does.
+        slots: How many saves can be staged at a time; with "waves", how many parts of one.
+        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict, and
+            with "waves" is 64 MiB.
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.

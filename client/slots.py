@@ -39,6 +39,10 @@ class Slot:
             self.layout = layout
         return self._dressed
 
+    def undress(self) -> None:
+        """Forget what the slot was dressed for: other bytes come over its records."""
+        self.layout = self._dressed = None
+
     def set_state(self, state: SlotState, *, sequence: int = 0, seal: bytes = b"") -> None:
         """Write the state where the daemon sees it."""
         self.arena.set_state(self.number, state, sequence=sequence, seal=seal)

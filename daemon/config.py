@@ -29,6 +29,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
 Retention = Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)]
 Directory = Annotated[str, msgspec.Meta(pattern="^/")]
 CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
@@ -82,6 +83,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""
+
+    memory_reserve_bytes: CacheBytes = 128 * _MIB
+    """Memory that arenas never take: of the machine's free memory, and of the limit of each control group."""
+
+    memory_reserve_fraction: Fraction = 0.02
+    """The same as a fraction of the machine's memory, or of the limit; the larger of the two is kept free."""
 
     node_cache_bytes: CacheBytes = 128 * _MIB
     """Shared memory of each job through which ranks of this node share what they load, while they load it; 0: none."""

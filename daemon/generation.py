@@ -12,6 +12,7 @@ from ckptd.daemon.sessions import ArenaFile
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
 from ckptd.protocol.save import SaveRules
+from ckptd.protocol.waves import Wave, WaveRing
 
 RANKS_SUFFIX: Final = ".ranks"
 
@@ -51,6 +52,18 @@ class CurrentPlan:
         return self._ranks
 
 
+@dataclass(eq=False)
+class RankWaves:
+    """A rank's image that comes in waves: what of it is where, and what its writing took so far."""
+
+    ring: WaveRing
+    arena: ArenaFile
+    left: list[tuple[Wave, bool]] = field(default_factory=list)  # by a daemon before us, and whether they are written
+    write_s: float = 0.0
+    direct: bool = True
+    all_written: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @dataclass(frozen=True)
 class Seal:
     """A rank's sealed slot, and where it lies."""
@@ -68,10 +81,12 @@ class Generation:
     save_id: str
     rules: SaveRules
     plan: CurrentPlan | None
+    older_plans: list[CurrentPlan] = field(default_factory=list)  # under which ranks have staged before another one did
     dry: bool = False  # only a plan is wanted, ahead of the first save
     metadata: bytes = b""  # of a hand-over, as its worker pickled it
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
+    waves: dict[int, RankWaves] = field(default_factory=dict)  # of ranks that stage in waves
     written: dict[int, WriteDone] = field(default_factory=dict)
     bytes_done: dict[int, int] = field(default_factory=dict)
     begun_at_s: float = field(default_factory=time.monotonic)
@@ -80,6 +95,11 @@ class Generation:
     ended_at_s: float | None = None
     work: set[asyncio.Task[None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def plans(self) -> list[CurrentPlan]:
+        """The plans that its images are staged under; their files are needed until it has ended."""
+        return [*self.older_plans, *([] if self.plan is None else [self.plan])]
 
     @property
     def directory(self) -> str:

@@ -94,7 +94,7 @@ class Job:
     def take_up_seals(self) -> None:
         """Look into the arenas for what was sealed but not said, and lose the sessions whose clients are gone."""
         for session in list(self.sessions.values()):
-            self._harvest(session)
+            self.take_up_seals_of(session)
             if session.client_has_ended:
                 self.lose(session, "ended while no daemon ran")
         self.release_retired()
@@ -118,7 +118,7 @@ class Job:
         error = SessionClosed(f"incarnation {self.roster.incarnation} of job {self.name!r} took over")
         for old in list(self.sessions.values()):
             logger.info("job %s: incarnation %d fences rank %d", self.name, self.roster.incarnation, old.rank)
-            self._harvest(old)
+            self.take_up_seals_of(old)
             self._context.send(old, Fenced(error.report()))
             self._retire(old)
         self.sessions.clear()
@@ -166,7 +166,7 @@ class Job:
         """A session ended: take up what it sealed, and fail what now can never be complete."""
         if not session.live:
             return
-        self._harvest(session)
+        self.take_up_seals_of(session)
         if self.sessions.get(session.rank) is session:
             del self.sessions[session.rank]
         self.roster.leave(session.rank, incarnation=session.incarnation)
@@ -174,7 +174,7 @@ class Job:
         self.cache.lose(session)
         self._retire(session)
 
-    def _harvest(self, session: Session) -> None:
+    def take_up_seals_of(self, session: Session) -> None:
         """Handle the seals that stand in a session's arenas, as if their messages had come; most have."""
         for seal in list(session.seals_left_behind()):
             try:
@@ -192,14 +192,14 @@ class Job:
     def release_retired(self) -> None:
         """Give up the arenas of ended sessions that no generation needs any more."""
         for session in list(self._retired):
-            self._release(session, self.saves.busy_arenas | self.saves.retained_arenas)
+            self._release(session, self.saves.busy_arenas | self.saves.outcomes.retained_arenas)
             if not session.arenas:
                 self._retired.remove(session)
                 self.log.session_over(session)
 
     def release_arenas(self, session: Session) -> None:
         """Give up a session's arenas that no generation needs, ahead of a new one."""
-        if session.arenas.keys() & self.saves.retained_arenas:
+        if session.arenas.keys() & self.saves.outcomes.retained_arenas:
             self.saves.drop_retained()
         self._release(session, self.saves.busy_arenas)
 

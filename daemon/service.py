@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
@@ -26,7 +27,6 @@ from ckptd.daemon.http import HttpServer, start_http
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
-from ckptd.daemon.leftovers import mark
 from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.notify import is_listened_on
@@ -52,7 +52,8 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
-from ckptd.staging.arena import SlotState, create_arena
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.staging.arena import SlotState, arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
         self._job_of: dict[Session, Job] = {}
@@ -125,7 +127,6 @@ class Daemon:
             http = await start_http(self._place.http, self, self.metrics)
             self._http_address = http.address
             self._adopt()
-            mark(self._directories.root, self._place.runtime)
             _write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
@@ -262,7 +263,7 @@ class Daemon:
         self._adopted = [job for job in self._adopted if job.in_use]
         done = [key for key, job in self._jobs.items() if not job.in_use]
         for key in done[: max(0, len(self._jobs) - _JOBS_REMEMBERED)]:
-            del self._jobs[key]
+            self._jobs.pop(key).log.forget()
 
     # --- attach: daemon.attach.Host ------------------------------------------------------------------------------
 
@@ -307,7 +308,9 @@ class Daemon:
         session.heard_at_s = time.monotonic()
         session.attached = True
         session.attachment += 1
-        logger.info("rank %d of job %s is back", session.rank, self._job_of[session].name)
+        job = self._job_of[session]
+        job.take_up_seals_of(session)
+        logger.info("rank %d of job %s is back", session.rank, job.name)
         return session, self._attached(session)
 
     def _attached(self, session: Session) -> Attached:
@@ -325,7 +328,7 @@ class Daemon:
         )
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
@@ -333,12 +336,15 @@ class Daemon:
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
         make = partial(create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner)
+        nbytes = arena_bytes(request.slots, request.slot_bytes)
         try:
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         except errors.ShmTooSmall:
             if not self._drop_what_the_dead_keep():
                 raise
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
         job.open_arena(session, arena)
         return arena
@@ -393,7 +399,7 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)

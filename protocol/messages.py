@@ -17,24 +17,17 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 
 from ckptd.protocol.errors import BadMessage, ErrorReport
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
 
 PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
 
-NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
 DrainSeconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]  # no wait is without end
 
 # An attach frame holds a few names; anything longer is not one of ours.
 ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages: immutable, named on the wire, strict."""
 
 
 # --- attach socket -----------------------------------------------------------------------------------------------
@@ -139,7 +132,7 @@ class Propose(Message, frozen=True, tag="propose"):
     With ``dry`` set nothing is saved: the plan is made ahead of the first save.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     plan: bytes
@@ -152,7 +145,7 @@ class Sealed(Message, frozen=True, tag="sealed"):
     The same bytes stand in the slot's control area, so that a seal outlives a trainer that dies before sending.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     arena: int
@@ -166,12 +159,18 @@ class Sealed(Message, frozen=True, tag="sealed"):
     overwrite: bool = True
     code_bytes: NBytes = 0  # not 0: a hand-over, whose pickle of so many bytes ends the image's last item
     code_offset: NBytes = 0  # where it begins in the image
+    # Not 0: the image came in waves, of which the slot holds the last: these many bytes, from here on. Nobody has seen
+    # all of it but the client, which tells the hashes: of each item in layout order, and of the frame.
+    wave_bytes: NBytes = 0
+    wave_begin: NBytes = 0
+    hashes: bytes = b""
+    frame_hash: Hash = 0
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
     """A rank will not stage its part of this save."""
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     error: ErrorReport
 
@@ -232,6 +231,7 @@ class Assigned(Message, frozen=True, tag="assigned"):
     sequence: int
     digest: Name
     assigned: bytes
+    job_bytes: NBytes = 0  # size of the images of all ranks
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -404,10 +404,10 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
 AttachRequest = Attach | Resume | OpenArena | OpenCache | Drain
 AttachReply = Attached | ArenaOpened | CacheOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
-ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
+ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
-Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask
-TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
+Task = PlanTask | WriteTask | WriteWaveTask | FinishWavesTask | CommitTask | DiscardTask | HandOverTask
+TaskReply = PlanDone | WriteProgress | WaveWritten | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
 
 
 class _AttachVersion(msgspec.Struct):

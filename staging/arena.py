@@ -33,7 +33,8 @@ _MAGIC: Final = b"ckptd\x00\x00\x01"
 _HEADER: Final = struct.Struct("<8sIIQ")
 _STATE: Final = struct.Struct("<IIQ")  # state, length of the seal, sequence
 _STATES_OFFSET: Final = 64
-_SEAL_LENGTH_LIMIT: Final = 1 << 30
+# The daemon reads as much as a trainer's slot claims to hold: 64 MiB are a seal over 8,000,000 objects.
+_SEAL_LENGTH_LIMIT: Final = 1 << 26
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14, asm-generic/mman-common.h; Python 3.11 has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)

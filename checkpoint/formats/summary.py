@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, parse_hidden
+from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, split_hidden
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, TruncatedFile
@@ -82,7 +82,7 @@ def find_checkpoints(folder: str) -> Iterator[str]:
             yield at
             continue
         below = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or parse_hidden(e.name)]
+        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or split_hidden(e.path)]
 
 
 def summarise(path: str, index: Index | None = None) -> Summary:
@@ -93,7 +93,7 @@ def summarise(path: str, index: Index | None = None) -> Summary:
         index: Its index, if it was read already.
     """
     saved = max((_stat(os.path.join(path, name))[1] for name in (INDEX_NAME, METADATA_NAME)), default=0.0)
-    if parse_hidden(os.path.basename(os.path.abspath(path))) or not is_checkpoint(path):
+    if split_hidden(os.path.abspath(path)) or not is_checkpoint(path):
         return _unread(path, saved, State.UNFINISHED)
     try:
         index = read_index(path) if index is None else index

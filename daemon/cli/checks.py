@@ -145,7 +145,7 @@ def check_logout(*, user: bool) -> Check:
 
 def check_leftovers(shm_dir: str) -> Check:
     """Arenas of daemons that have died."""
-    from ckptd.daemon.leftovers import arena_directories
+    from ckptd.daemon.cli.leftovers import arena_directories
 
     try:
         dead = [arena for arena in arena_directories(shm_dir) if not (arena.live or arena.waiting)]

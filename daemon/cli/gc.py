@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -16,18 +16,29 @@ import typer
 from ckptd.daemon.cli.output import counted, printable, progress_bar, say, say_json
 from ckptd.daemon.cli.status import fetch_status
 from ckptd.protocol.errors import BadConfig, CkptdError
-from ckptd.protocol.paths import runtime_dir
+from ckptd.protocol.paths import http_address_file, runtime_dir
+
+if TYPE_CHECKING:
+    from ckptd.daemon.cli.leftovers import ArenaDirectory
 
 
 @dataclass(frozen=True)
 class Left:
-    """What may be a leftover. ``keep``: why it stays, or ""; ``remove``: removes it; False if it is gone."""
+    """What may be a leftover.
+
+    Attributes:
+        path: Where it is.
+        kind: arenas, a save, or a checkpoint: the last copy of one, which gets its name back.
+        nbytes: What it takes.
+        keep: Why it stays, or "".
+        remove: Settles it, and returns why it is still there, or "".
+    """
 
     path: str
     kind: str
     nbytes: int
     keep: str
-    remove: Callable[[], bool]
+    remove: Callable[[], str]
 
 
 def gc(
@@ -81,45 +92,51 @@ def gc(
 
 
 def _find(folders: list[str], shm_dir: str, *, older_than_s: float, sealed: bool) -> list[Left]:
-    from ckptd.daemon import leftovers
+    from ckptd.daemon.cli import leftovers
 
-    arenas = leftovers.arena_directories(shm_dir)
-    busy, silent = _busy([a.runtime for a in arenas if a.live and a.runtime])
+    directories = leftovers.arena_directories(shm_dir)
     found = []
-    for arena in arenas:
-        keep = "its daemon lives, or is not ours to judge" if arena.live else ""
-        if arena.waiting and not keep:
-            keep = "trainers live that wait for its next daemon"
-        if arena.sealed and not sealed and not keep:
-            keep = (
-                f"holds {arena.sealed} sealed saves that its daemon may finish when it is started; --sealed drops them"
-            )
-        found.append(Left(arena.path, "arenas", arena.nbytes, keep, partial(leftovers.remove_arenas, arena.path)))
+    for arenas in directories:
+        keep = _why_arenas_stay(arenas, sealed=sealed)
+        found.append(Left(arenas.path, "arenas", arenas.nbytes, keep, partial(leftovers.remove_arenas, arenas.path)))
+    busy, blind = _busy([a for a in directories if a.live])
+    if any((a.sealed or a.waiting) and not a.live for a in directories) and not sealed:
+        blind = blind or "a daemon that is started again may finish it; --sealed gives it up"
     for folder in folders:
         now = _now_unix_s(folder)
         for save in leftovers.hidden_saves(folder):
-            keep = leftovers.reason_to_keep(save, busy=busy, now_unix_s=now, older_than_s=older_than_s)
-            if silent and not keep:
-                keep = f"the daemon at {silent[0]} lives but cannot be asked"
-            found.append(Left(save.path, "save", save.nbytes, keep, partial(leftovers.remove_hidden, save.path)))
+            keep = leftovers.reason_to_keep(save, busy=busy, now_unix_s=now, older_than_s=older_than_s) or blind
+            kind = "save" if keep or not leftovers.names_back(save) else "checkpoint"
+            found.append(Left(save.path, kind, save.nbytes, keep, partial(leftovers.settle, save)))
     return found
 
 
-def _busy(runtimes: list[str]) -> tuple[set[str], list[str]]:
-    """Ask all daemons that live here; return the ids that they are saving, and which of them did not answer."""
+def _why_arenas_stay(arenas: ArenaDirectory, *, sealed: bool) -> str:
+    if arenas.live:
+        return "its daemon lives, or is not ours to judge"
+    if arenas.waiting:
+        return "trainers live that wait for its next daemon"
+    if arenas.sealed and not sealed:
+        return f"holds {arenas.sealed} sealed saves that its next daemon finishes; --sealed gives them up"
+    return ""
+
+
+def _busy(live: list[ArenaDirectory]) -> tuple[set[str], str]:
+    """Ask all daemons that live here; return the ids that they are saving, and why we cannot be sure of all, or ""."""
     busy: set[str] = set()
-    silent = []
+    blind = next((f"the daemon of {arenas.path} cannot be found" for arenas in live if not arenas.runtime), "")
+    runtimes = [arenas.runtime for arenas in live if arenas.runtime]
     for runtime in dict.fromkeys([*runtimes, runtime_dir(), "/run/ckptd"]):
-        if not os.path.lexists(os.path.join(runtime, "http")) and runtime not in runtimes:
+        if not os.path.lexists(http_address_file(runtime)) and runtime not in runtimes:
             continue  # nobody is there
         try:
             status: dict[str, Any] = msgspec.json.decode(fetch_status(runtime))
         except CkptdError:
-            silent += [runtime] if runtime in runtimes else []
+            blind = blind or (f"the daemon at {runtime} lives but cannot be asked" if runtime in runtimes else "")
             continue
         saves = [save for job in status["jobs"] for save in job["generations"]]
         busy |= {save["checkpoint_id"] for save in saves if save["state"] not in ("committed", "failed")}
-    return busy, silent
+    return busy, blind
 
 
 def _now_unix_s(folder: str) -> float:
@@ -151,21 +168,21 @@ def _remove(going: list[Left]) -> list[tuple[str, str]]:
     with progress_bar("gc") as progress:
         done = counted(progress, sum(left.nbytes for left in going))
         for left in going:
-            try:
-                if not left.remove():
-                    failed.append((left.path, "somebody has taken it in the meantime"))
-            except CkptdError as error:
-                failed.append((left.path, str(error)))
+            if why := left.remove():
+                failed.append((left.path, why))
             done(left.nbytes)
     return failed
 
 
 def _line(left: Left) -> str:
-    return f"{left.path}: {left.nbytes} bytes" + (f", kept: {left.keep}" if left.keep else ", left over")
+    what = f"kept: {left.keep}" if left.keep else "left over"
+    if left.kind == "checkpoint":
+        what = "the last copy of a checkpoint, gets its name back"
+    return f"{left.path}: {left.nbytes} bytes, {what}"
 
 
 def _summary(going: list[Left], removed: list[str], *, dry_run: bool) -> str:
     if not going:
         return "nothing is left over"
     nbytes = sum(left.nbytes for left in going if dry_run or left.path in removed)
-    return f"{'would remove' if dry_run else 'removed'} {len(going if dry_run else removed)} leftovers, {nbytes} bytes"
+    return f"{'would settle' if dry_run else 'settled'} {len(going if dry_run else removed)} leftovers, {nbytes} bytes"

@@ -37,6 +37,7 @@ if "ckptd.daemon.worker" in sys.orig_argv:
         "after_exchange": (commit, "rename_exchange", False),
         "after_publish": (commit, "publish", False),
         "before_write": (write, "write_image", True),
+        "before_sync": (commit, "sync_directory", True),
     }}["{moment}"]
     around(module, name, before=before)
 """
@@ -47,7 +48,7 @@ def sabotage(directory, moment, *, times):
 
     Args:
         directory: Where the module and the marks of the dead are kept.
-        moment: before_write, before_publish, after_exchange (of an overwriting save) or after_publish.
+        moment: before_write, before_sync, before_publish, after_exchange (of an overwriting save) or after_publish.
         times: After so many deaths all is well.
     """
     place = Path(directory, f"sabotage-{moment}")

@@ -128,7 +128,7 @@ def host():
     need_root("a host of its own")
     missing = [tool for tool in ("nsenter", "unshare", "setpriv", "useradd") if shutil.which(tool) is None]
     if missing or not Path("/lib/systemd/systemd").exists():
-        unavailable(f"needs systemd and {missing}; see `make test-packages`")
+        unavailable(f"needs systemd and {missing}; see `make system-packages`")
     host = Host(tempfile.mkdtemp(prefix="ckhost", dir="/var/tmp"))
     yield host
     host.close()

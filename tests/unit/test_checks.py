@@ -17,7 +17,6 @@ from ckptd.daemon.cli import checks, doctor, rates
 from ckptd.daemon.cli.checks import Verdict
 from ckptd.daemon.cli.manager import Ran
 from ckptd.daemon.config import Config
-from ckptd.daemon.leftovers import mark
 from ckptd.protocol.errors import BadConfig, DaemonUnavailable, SystemCallFailed
 
 GIB = 1 << 30
@@ -111,7 +110,6 @@ def test_arenas_of_dead_daemons(tmp_path):
     assert only(checks.check_leftovers(str(tmp_path))).verdict == "ok"
     root = tmp_path / "ckptd-0-0123456789ab"
     root.mkdir()
-    mark(str(root), "/r")
     lock = os.open(root, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert only(checks.check_leftovers(str(tmp_path))).verdict == "ok"

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ckptd.daemon.cli import gc
-from ckptd.daemon.leftovers import mark
+from ckptd.daemon.directories import name_for
 from ckptd.protocol.errors import DaemonUnavailable
 from ckptd.staging.arena import SlotState, create_arena, hold, let_go, write_slot_state
 
@@ -22,7 +22,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CKPTD_RUNTIME_DIR", str(tmp_path / "run"))
     dead = tmp_path / "shm" / "ckptd-0-0123456789ab"
     dead.mkdir(parents=True)
-    mark(str(dead), "/nowhere")
     hidden = tmp_path / "runs" / ".a.ckptd-1"
     hidden.mkdir(parents=True)
     (hidden / "__0_0.distcp").write_bytes(b"x")
@@ -40,6 +39,7 @@ def left(place):
     return sorted(path.name for folder in ("shm", "runs") for path in (place / folder).iterdir())
 
 
+LIVE = f"ckptd-7-{name_for('/run/user/7/ckptd')}"
 BOTH = [".a.ckptd-1", "ckptd-0-0123456789ab"]
 
 
@@ -47,14 +47,14 @@ def test_leftovers_go_when_told(run, place):
     code, out, err = run("--yes")
     assert (code, err, left(place)) == (0, "", [])
     assert f"{place}/runs/.a.ckptd-1: " in out
-    assert out.splitlines()[-1].startswith("removed 2 leftovers, ")
+    assert out.splitlines()[-1].startswith("settled 2 leftovers, ")
     assert run("--yes")[1] == "nothing is left over\n"
 
 
 def test_a_dry_run_deletes_nothing(run, place):
     code, out, _ = run("--dry-run")
     assert (code, left(place)) == (0, BOTH)
-    assert out.splitlines()[-1].startswith("would remove 2 leftovers, ")
+    assert out.splitlines()[-1].startswith("would settle 2 leftovers, ")
 
 
 def test_with_nobody_to_ask_nothing_is_deleted(run, place, monkeypatch):
@@ -96,8 +96,9 @@ def test_sealed_saves_of_a_dead_daemon_are_kept_for_its_successor(run, place):
     write_slot_state(arena, 0, SlotState.SEALED)
     os.close(arena)
     _, out, _ = run("--yes")
-    assert left(place) == [BOTH[1]]
+    assert left(place) == BOTH, "nor is the directory that the save was writing"
     assert "holds 1 sealed saves" in out
+    assert "a daemon that is started again may finish it" in out
     run("--yes", "--sealed")
     assert left(place) == []
 
@@ -120,12 +121,11 @@ def status_of(checkpoint_id, state):
 @pytest.fixture
 def live(place):
     """A live daemon of this node, found by its arenas."""
-    live = place / "shm" / "ckptd-7-ba9876543210"
+    live = place / "shm" / LIVE
     live.mkdir()
-    mark(str(live), "/its/runtime")
     lock = os.open(live, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    yield "/its/runtime"
+    yield "/run/user/7/ckptd"
     os.close(lock)
 
 
@@ -141,7 +141,7 @@ def test_every_live_daemon_is_asked_what_it_works_on(run, place, live, monkeypat
     run("--yes", "--older-than", "0")
     assert live in asked
     assert (BOTH[0] in left(place)) == stays
-    assert "ckptd-7-ba9876543210" in left(place)
+    assert LIVE in left(place)
 
 
 def test_a_daemon_that_lives_but_does_not_answer_keeps_every_save(run, place, live, monkeypatch):
@@ -151,13 +151,13 @@ def test_a_daemon_that_lives_but_does_not_answer_keeps_every_save(run, place, li
     monkeypatch.setattr(gc, "fetch_status", fetch)
     _, out, _ = run("--yes")
     assert BOTH[0] in left(place)
-    assert "the daemon at /its/runtime lives but cannot be asked" in out
+    assert "the daemon at /run/user/7/ckptd lives but cannot be asked" in out
     assert BOTH[1] not in left(place), "a dead daemon's arenas go all the same"
 
 
 def test_what_cannot_be_removed_is_one_line_and_1(run, place, monkeypatch):
     def rmtree(path):
-        raise PermissionError(13, "no", str(path))
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("shutil.rmtree", rmtree)
     code, _, err = run("--yes")

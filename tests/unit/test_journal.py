@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from ckptd.daemon.generation import Generation, Seal
+from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.journal import Journal, journal_file, try_lock
 from ckptd.daemon.records import (
     SCHEMA_VERSION,
@@ -17,10 +19,14 @@ from ckptd.daemon.records import (
     ArenaRecord,
     GenerationRecord,
     JobRecord,
+    SealRecord,
     SessionRecord,
     VerdictRecord,
 )
-from ckptd.protocol.errors import SystemCallFailed
+from ckptd.daemon.sessions import ArenaFile
+from ckptd.protocol.errors import SaveSkipped, SystemCallFailed
+from ckptd.protocol.messages import Sealed
+from ckptd.protocol.save import Broke, SaveRules
 
 SESSION = SessionRecord(token=b"t\0", job=1, rank=0, incarnation=2, pid=77, started_ticks=5, live=True)
 ARENA = ArenaRecord(path="/a", job=1, token=b"t\0", number=3, slots=2, slot_bytes=8192)
@@ -136,6 +142,24 @@ def test_the_write_ahead_log_stays_small_though_records_come_and_go(journal):
             journal.tidy()
     assert 0 < largest < 4 << 20
     assert os.stat(journal.path).st_size < 1 << 20
+
+
+def test_a_late_seal_of_a_failed_save_does_not_make_it_live_again(journal):
+    log = JobLog(journal, 1)
+    generation = Generation(1, 4, "save", SaveRules(2, ("a", "b"), (8, 8), checkpoint_id="/runs/7"), None)
+    arena = ArenaFile(1, "/arena", -1, 2, 8192)
+
+    def seal(rank):
+        message = Sealed(4, "/runs/7", "a", 1, 0, 4096, 4096, b"", 0.0, 0.0, 0.0)
+        log.sealed(generation, rank, Seal(message, arena))
+
+    seal(0)
+    assert [record.state for record in journal.read(GenerationRecord)] == ["open"]
+    generation.rules.handle(Broke(SaveSkipped("/runs/7", 1)))
+    log.failed(generation, generation.rules.error.report())
+    seal(1)
+    assert [record.state for record in journal.read(GenerationRecord)] == ["failed"]
+    assert len(list(journal.read(SealRecord))) == 2
 
 
 def test_an_emptied_journal_leaves_no_file(tmp_path):
