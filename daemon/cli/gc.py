@@ -99,13 +99,16 @@ def _find(folders: list[str], shm_dir: str, *, older_than_s: float, sealed: bool
     for arenas in directories:
         keep = _why_arenas_stay(arenas, sealed=sealed)
         found.append(Left(arenas.path, "arenas", arenas.nbytes, keep, partial(leftovers.remove_arenas, arenas.path)))
-    busy, blind = _busy([a for a in directories if a.live])
-    if any((a.sealed or a.waiting) and not a.live for a in directories) and not sealed:
-        blind = blind or "a daemon that is started again may finish it; --sealed gives it up"
+    busy, unsure = _busy([a for a in directories if a.live])
+    if not sealed:
+        pending = "a daemon that is started again may finish it; --sealed gives it up"
+        unsure += [(a.uid, pending) for a in directories if not a.live and (a.sealed or a.waiting)]
     for folder in folders:
         now = _now_unix_s(folder)
         for save in leftovers.hidden_saves(folder):
-            keep = leftovers.reason_to_keep(save, busy=busy, now_unix_s=now, older_than_s=older_than_s) or blind
+            keep = leftovers.reason_to_keep(save, busy=busy, now_unix_s=now, older_than_s=older_than_s)
+            # The system's daemon writes for all users, a user's own for that one.
+            keep = keep or next((why for uid, why in unsure if uid in {0, save.uid}), "")
             kind = "save" if keep or not leftovers.names_back(save) else "checkpoint"
             found.append(Left(save.path, kind, save.nbytes, keep, partial(leftovers.settle, save)))
     return found
@@ -121,22 +124,27 @@ def _why_arenas_stay(arenas: ArenaDirectory, *, sealed: bool) -> str:
     return ""
 
 
-def _busy(live: list[ArenaDirectory]) -> tuple[set[str], str]:
-    """Ask all daemons that live here; return the ids that they are saving, and why we cannot be sure of all, or ""."""
+def _busy(live: list[ArenaDirectory]) -> tuple[set[str], list[tuple[int, str]]]:
+    """Ask all daemons that live here.
+
+    Returns:
+        The ids that they are saving, and of whose daemons we cannot be sure, and why.
+    """
     busy: set[str] = set()
-    blind = next((f"the daemon of {arenas.path} cannot be found" for arenas in live if not arenas.runtime), "")
-    runtimes = [arenas.runtime for arenas in live if arenas.runtime]
-    for runtime in dict.fromkeys([*runtimes, runtime_dir(), "/run/ckptd"]):
-        if not os.path.lexists(http_address_file(runtime)) and runtime not in runtimes:
+    unsure = [(one.uid, f"the daemon of {one.path} lives but cannot be found") for one in live if not one.runtime]
+    uids = {one.runtime: one.uid for one in live if one.runtime}
+    for runtime in dict.fromkeys([*uids, runtime_dir(), "/run/ckptd"]):
+        if not os.path.lexists(http_address_file(runtime)) and runtime not in uids:
             continue  # nobody is there
         try:
             status: dict[str, Any] = msgspec.json.decode(fetch_status(runtime))
         except CkptdError:
-            blind = blind or (f"the daemon at {runtime} lives but cannot be asked" if runtime in runtimes else "")
+            if runtime in uids:
+                unsure.append((uids[runtime], f"the daemon at {runtime} lives but cannot be asked"))
             continue
         saves = [save for job in status["jobs"] for save in job["generations"]]
         busy |= {save["checkpoint_id"] for save in saves if save["state"] not in ("committed", "failed")}
-    return busy, blind
+    return busy, unsure
 
 
 def _now_unix_s(folder: str) -> float:

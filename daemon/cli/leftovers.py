@@ -35,6 +35,7 @@ class ArenaDirectory:
 
     Attributes:
         path: Where it is.
+        uid: Whose daemon's it is.
         runtime: Runtime directory of its daemon, or "" if that is not known.
         live: Whether its daemon lives, or may live: one that we may not look into is not ours to judge.
         nbytes: Memory that it takes.
@@ -43,6 +44,7 @@ class ArenaDirectory:
     """
 
     path: str
+    uid: int
     runtime: str
     live: bool
     nbytes: int
@@ -85,7 +87,8 @@ def _look_into(path: str, runtime: str) -> ArenaDirectory:
     live = not _unlocked(path)
     arenas = [] if live else [_look_at_arena(file) for file in _files(path) if file.endswith(".arena")]
     sealed, waiting = sum(number for number, _ in arenas), any(held for _, held in arenas)
-    return ArenaDirectory(path, runtime, live, tree_bytes(path), sealed, waiting)
+    uid = int(os.path.basename(path).split("-")[1])
+    return ArenaDirectory(path, uid, runtime, live, tree_bytes(path), sealed, waiting)
 
 
 def _unlocked(path: str) -> bool:
@@ -148,6 +151,7 @@ class HiddenSave:
         path: Where it is.
         checkpoint_id: Which checkpoint it was to become.
         save_id: Which save's it is.
+        uid: Whose it is.
         nbytes: Room that it takes.
         changed_unix_s: When something in it last changed, by the file system's clock.
     """
@@ -155,6 +159,7 @@ class HiddenSave:
     path: str
     checkpoint_id: str
     save_id: str
+    uid: int
     nbytes: int
     changed_unix_s: float
 
@@ -178,7 +183,8 @@ def hidden_saves(folder: str) -> Iterator[HiddenSave]:
                 waiting.append(entry.path)
             else:
                 changed = max(map(_changed_unix_s, [entry.path, *_files(entry.path)]))
-                yield HiddenSave(entry.path, parts[0], parts[1], tree_bytes(entry.path), changed)
+                uid = entry.stat(follow_symlinks=False).st_uid
+                yield HiddenSave(entry.path, *parts[:2], uid, tree_bytes(entry.path), changed)
 
 
 def reason_to_keep(save: HiddenSave, *, busy: Collection[str], now_unix_s: float, older_than_s: float) -> str:

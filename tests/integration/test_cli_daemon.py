@@ -111,7 +111,8 @@ class TestDrain:
 
 
 class TestGc:
-    def test_a_save_in_flight_is_never_touched(self, daemon, client, ckptd, tmp_path):
+    def test_a_save_in_flight_is_never_touched(self, mounts, start_daemon, client, ckptd, tmp_path):
+        daemon = start_daemon(shm_dir=str(mounts.tmpfs(mib=64, name="shm")))  # others may keep dead daemons on theirs
         client.save(state(), checkpoint_id=tmp_path / "a")
         dead = tmp_path / ".a.ckptd-job-1-1-dead"
         dead.mkdir()

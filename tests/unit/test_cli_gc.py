@@ -39,7 +39,8 @@ def left(place):
     return sorted(path.name for folder in ("shm", "runs") for path in (place / folder).iterdir())
 
 
-LIVE = f"ckptd-7-{name_for('/run/user/7/ckptd')}"
+OWN = f"/run/user/{os.geteuid()}/ckptd"
+LIVE = f"ckptd-{os.geteuid()}-{name_for(OWN)}"
 BOTH = [".a.ckptd-1", "ckptd-0-0123456789ab"]
 
 
@@ -125,7 +126,7 @@ def live(place):
     live.mkdir()
     lock = os.open(live, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    yield "/run/user/7/ckptd"
+    yield OWN
     os.close(lock)
 
 
@@ -151,8 +152,18 @@ def test_a_daemon_that_lives_but_does_not_answer_keeps_every_save(run, place, li
     monkeypatch.setattr(gc, "fetch_status", fetch)
     _, out, _ = run("--yes")
     assert BOTH[0] in left(place)
-    assert "the daemon at /run/user/7/ckptd lives but cannot be asked" in out
+    assert f"the daemon at {OWN} lives but cannot be asked" in out
     assert BOTH[1] not in left(place), "a dead daemon's arenas go all the same"
+
+
+def test_another_users_daemon_that_does_not_answer_keeps_only_that_users(run, place, monkeypatch):
+    theirs = place / "shm" / f"ckptd-4711-{name_for('/run/user/4711/ckptd')}"
+    theirs.mkdir()
+    lock = os.open(theirs, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    run("--yes")
+    assert left(place) == [theirs.name]
+    os.close(lock)
 
 
 def test_what_cannot_be_removed_is_one_line_and_1(run, place, monkeypatch):

@@ -122,8 +122,8 @@ def judge(save, busy=(), older_than_s=HOUR_S):
 class TestHiddenSaves:
     def test_an_old_unfinished_save_is_found_and_goes(self, tmp_path, hidden):
         save = look(tmp_path)
-        found = (save.path, save.checkpoint_id, save.save_id)
-        assert found == (str(hidden), str(tmp_path / "run" / "a"), "job-1-2-0a")
+        found = (save.path, save.checkpoint_id, save.save_id, save.uid)
+        assert found == (str(hidden), str(tmp_path / "run" / "a"), "job-1-2-0a", os.geteuid())
         assert save.nbytes >= 5000
         assert judge(save) == ""
         assert not names_back(save)
@@ -183,5 +183,5 @@ class TestHiddenSaves:
 
 
 def test_a_clock_that_went_backwards_keeps_things():
-    save = HiddenSave("/r/.a.ckptd-1", "/r/a", "1", 0, changed_unix_s=2000.0)
+    save = HiddenSave("/r/.a.ckptd-1", "/r/a", "1", 0, 0, changed_unix_s=2000.0)
     assert reason_to_keep(save, busy=(), now_unix_s=1000.0, older_than_s=1.0).startswith("changed 0 s ago")
