@@ -7,6 +7,7 @@ from typing import Final
 
 INDEX_NAME: Final = ".ckptd"
 METADATA_NAME: Final = ".metadata"
+
 # What an old checkpoint is called while it is replaced, where two names cannot be exchanged in one step.
 _SET_ASIDE: Final = ".old"
 
