@@ -8,7 +8,7 @@ PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs systemd-analyze 
 PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs systemd util-linux passwd procps
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: demo test system-packages fuzz check bench soak cross-version format clean
+.PHONY: demo test system-packages faults fuzz check bench soak cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -31,6 +31,10 @@ system-packages:
 	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
 	done
+
+# Each call on files, each error, at each position; `make test` has a third of the combinations.
+faults: .venv/installed
+	CKPTD_ALL_FAULTS=1 $(BIN)/python -m pytest tests/fault/test_system_calls.py
 
 # A hundred times the damaged input of the tests, from another seed each time; a failure names the seed.
 fuzz: .venv/installed

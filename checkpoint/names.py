@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 
 INDEX_NAME: Final = ".ckptd"
 METADATA_NAME: Final = ".metadata"
+PIN_NAME: Final = ".pinned"  # in a checkpoint's directory: retention leaves it alone
+
+_REMOVED: Final = "ckptd-removed-"
+_UNFINISHED: Final = re.compile(r"\.(.+)\.ckptd-(?!removed-)[\w-]+")
+_LEFTOVER: Final = re.compile(rf"\.(.+)\.{_REMOVED}[0-9a-f]+")
 
 # What an old checkpoint is called while it is replaced, where two names cannot be exchanged in one step.
 _SET_ASIDE: Final = ".old"
@@ -39,6 +45,23 @@ def split_hidden(path: str) -> tuple[str, str, bool] | None:
     if not (found and save_id and begin.startswith(".") and begin[1:]):
         return None
     return os.path.join(parent, begin[1:]), save_id, name.endswith(_SET_ASIDE)
+
+
+def unfinished_save(name: str) -> str | None:
+    """Return the name of the checkpoint that a hidden directory may become; None if it is no save's."""
+    found = _UNFINISHED.fullmatch(name)
+    return found[1] if found is not None else None
+
+
+def removed_directory(checkpoint_id: str, token: str) -> str:
+    """Return the hidden name that a checkpoint gets before its files are removed; ``token``: hexadecimal digits."""
+    parent, name = os.path.split(checkpoint_id)
+    return os.path.join(parent, f".{name}.{_REMOVED}{token}")
+
+
+def is_removed(name: str) -> bool:
+    """Return whether a directory's name says that its removal has begun."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def is_checkpoint_file(name: str) -> bool:

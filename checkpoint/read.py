@@ -156,7 +156,7 @@ class _Reading:
 
     def run(self) -> None:
         """Perform requests until there are no more, or another reader has failed."""
-        bounce = _huge_buffer(read_requests.CHUNK_BYTES + 2 * BLOCK_BYTES)
+        bounce = huge_buffer(read_requests.CHUNK_BYTES + 2 * BLOCK_BYTES)
         while True:
             with self._lock:
                 request = None if self._failed else next(self._requests, None)
@@ -274,7 +274,7 @@ def address_of(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def _huge_buffer(nbytes: int) -> memoryview:
+def huge_buffer(nbytes: int) -> memoryview:
     """Return a page-aligned buffer in huge pages, where the kernel gives them.
 
     A request to a disk takes so many pieces of memory at most (max_segments; 254 for virtio), and a huge page is one

@@ -10,13 +10,15 @@ from ckptd.checkpoint.collector import collector_paused
 from ckptd.checkpoint.items import LocalPlan
 from ckptd.checkpoint.layout import Layout, item_records, make_layout
 from ckptd.checkpoint.metadata import torch_dtype
+from ckptd.checkpoint.user_data import MOST_BYTES
 from ckptd.client.snapshot import Structure
 from ckptd.staging.arena import ALIGNMENT_BYTES
 from ckptd.staging.dtypes import OBJECT
 from ckptd.staging.views import Placed
 
-# Room for the encoded seal: fixed fields and a checkpoint id of at most 4096 bytes, and 8 bytes for each object.
-_SEAL_BYTES = 8192
+# Room for the encoded seal: fixed fields and a checkpoint id of at most 4096 bytes, what the user says of the
+# checkpoint, and 8 bytes for each object.
+_SEAL_BYTES = 8192 + MOST_BYTES
 
 
 @dataclass(frozen=True, eq=False)

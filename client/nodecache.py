@@ -22,16 +22,18 @@ import numpy as np
 
 from ckptd.checkpoint.columns import Int64
 from ckptd.checkpoint.read_files import Disk, Source, SourceFile, memory_at
-from ckptd.protocol.errors import CkptdError
-from ckptd.protocol.messages import (
+from ckptd.protocol.cache_messages import (
     CacheAnswer,
     CacheBegun,
     CacheClaim,
     CacheDone,
     CacheLeft,
-    CacheMessage,
     CacheSkipped,
     CacheWants,
+)
+from ckptd.protocol.errors import CkptdError
+from ckptd.protocol.messages import (
+    CacheMessage,
 )
 from ckptd.staging.arena import ArenaView
 

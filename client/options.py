@@ -10,7 +10,7 @@ from ckptd.client.handover import HandOver
 from ckptd.client.slots import OnBusy
 from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
-from ckptd.protocol.messages import Committed
+from ckptd.protocol.messages import Committed, Keep
 from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS
 
 if TYPE_CHECKING:
@@ -58,4 +58,6 @@ class SaveRequest:
     overwrite: bool
     read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
     background: bool
+    user: str = ""  # what is stored with the checkpoint; see ckptd.checkpoint.user_data
+    keep: Keep | None = None  # what of its folder is kept after the commit
     hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way

@@ -57,4 +57,6 @@ def seal_of(save: SaveUnderWay, slot: Slot, layout: RankLayout, object_bytes: by
         overwrite=save.request.overwrite,
         code_bytes=layout.code_bytes(object_bytes),
         code_offset=layout.code_offset or 0,
+        user=save.request.user,
+        keep=save.request.keep,
     )

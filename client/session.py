@@ -28,6 +28,9 @@ from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
 from ckptd.client.waves import Ring, WaveSave, stage_in_waves
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+)
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
@@ -44,7 +47,6 @@ from ckptd.protocol.messages import (
     Aborted,
     Assigned,
     Attach,
-    CacheAnswer,
     Committed,
     DaemonMessage,
     Fenced,
@@ -215,7 +217,7 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop(orphaned=isinstance(self._error, DaemonLost))
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost) or self._link.resuming)
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 
@@ -379,9 +381,10 @@ class Session:
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
         reach(CrashPoint.CLIENT_ASSIGNED)
-        self._layout = layout = make_rank_layout(
-            structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes
-        )
+        layout = make_rank_layout(structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes)
+        with self._lock:
+            if save.sequence in self._saves:  # else it has failed meanwhile, and nobody knows this plan any more
+                self._layout = layout
         return layout
 
     def _claim_room(self, save: SaveUnderWay, layout: RankLayout) -> None:
@@ -439,8 +442,10 @@ class Session:
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
             case Aborted():
-                if news.replan:
-                    self._layout = None
+                with self._lock:
+                    self._saves.pop(save.sequence, None)
+                    if news.replan:
+                        self._layout = None
                 self._end(save, from_report(news.error))
 
     def _end(self, save: SaveUnderWay, error: CkptdError) -> None:

@@ -12,15 +12,19 @@ import torch
 import torch.distributed as dist
 
 from ckptd.client.arguments import plan_settings
+from ckptd.client.exchange import place_in
+from ckptd.client.failure_policy import FailureOptions, FailurePolicy
 from ckptd.client.identity import Identity, alone, of_group
 from ckptd.client.options import SessionOptions
 from ckptd.client.session import Session
 from ckptd.client.slots import OnBusy
 from ckptd.protocol.errors import Unsupported
+from ckptd.protocol.failing import OnFailure
 
 _DEFAULT: Final = "default"
 
 _sessions: dict[str, Session] = {}
+_policies: dict[str, FailurePolicy] = {}
 _opening = threading.RLock()
 
 
@@ -39,6 +43,9 @@ def connect(
     busy_timeout_s: float = 600.0,
     progress_timeout_s: float = 300.0,
     reconnect_timeout_s: float = 60.0,
+    on_failure: OnFailure = "continue",
+    max_consecutive_failures: int | None = None,
+    pause_timeout_s: float = 600.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
 
@@ -61,6 +68,11 @@ def connect(
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
         reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
             what is under way; without one, the saves under way fail.
+        on_failure: What the next save call does about a save that failed: "continue" (it is logged, counted and told
+            to whoever listens), "raise" it, or "pause": save again and again, until that works or
+            ``pause_timeout_s`` have passed. The tensors of a pausing call are those that it was given.
+        max_consecutive_failures: After so many failures in a row the next save call raises SavesFailing.
+        pause_timeout_s: See ``on_failure``, in seconds.
 
     Raises:
         DaemonUnavailable: There is no daemon and none could be started.
@@ -77,6 +89,12 @@ def connect(
         progress_timeout_s=progress_timeout_s,
         reconnect_timeout_s=reconnect_timeout_s,
     )
+    failing = FailureOptions(
+        on_failure=on_failure,
+        max_consecutive_failures=max_consecutive_failures,
+        pause_timeout_s=pause_timeout_s,
+        catches=on_failure == "pause",
+    )
     if (rank is None) != (world_size is None):
         raise Unsupported("rank without world_size, or the other way round", "give both or neither")
     with _opening:
@@ -91,6 +109,7 @@ def connect(
         _drop(key)
         session = Session(identity, options)
         _sessions[key] = session
+        _policies[key] = FailurePolicy(failing, place=lambda: place_in(process_group, no_dist=False))
     if state_dict is not None:
         session.prepare(state_dict, settings=plan_settings(flat=False, lowest=False))
     return session
@@ -129,6 +148,12 @@ def session_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session:
         return session
 
 
+def policy_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> FailurePolicy:
+    """Return what the saves of a group of ranks do about failures, as `connect` was told."""
+    unasked = FailurePolicy(FailureOptions(), place=lambda: place_in(group, no_dist=no_dist))
+    return _policies.setdefault(_key(group, no_dist=no_dist), unasked)
+
+
 def live_session(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session | None:
     """Return the session of a group of ranks if there is a live one; opens none."""
     session = _sessions.get(_key(group, no_dist=no_dist))
@@ -150,6 +175,7 @@ def _identity(group: dist.ProcessGroup | None, *, job: str | None, timeout_s: fl
 
 
 def _drop(key: str) -> None:
+    _policies.pop(key, None)
     session = _sessions.pop(key, None)
     if session is not None:
         session.close()
@@ -163,4 +189,5 @@ def close_all() -> None:
 
 # A forked child (a data loader's worker) must not speak in its parent's name.
 os.register_at_fork(after_in_child=_sessions.clear)
+os.register_at_fork(after_in_child=_policies.clear)
 atexit.register(close_all)

@@ -16,6 +16,10 @@ from typing import Final, Protocol
 from ckptd.daemon.frames import FRAME_LENGTH
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, started_ticks
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.errors import BadMessage, CkptdError, ProtocolMismatch, UnexpectedError
 from ckptd.protocol.messages import (
     ATTACH_FRAME_LIMIT_BYTES,
@@ -24,11 +28,9 @@ from ckptd.protocol.messages import (
     Attach,
     Attached,
     AttachReply,
-    CacheOpened,
     Drain,
     Drained,
     OpenArena,
-    OpenCache,
     Refused,
     Resume,
 )

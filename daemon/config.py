@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from ckptd.protocol.errors import BadConfig
+from ckptd.protocol.transient import Backoff
 
 # O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every NVMe
 # format in use. Source: open(2), NOTES, "O_DIRECT".
@@ -99,12 +100,23 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     work_attempts: Attempts = 3
     """How often the work of dead workers is begun, the first time included, before its generation fails."""
 
+    write_attempts: Attempts = 5
+    """How often an image is written, the first time included, if what fails may pass (EIO, ESTALE, ...)."""
+
+    write_retry_s: Seconds = 0.5
+    """Seconds before an image is written again after such an error; twice as long each time, at most 30."""
+
     def __post_init__(self) -> None:
         """Check what no single bound can say; msgspec makes its own error of a ValueError."""
         if _split(self.http) is None:
             raise ValueError(f"http: {self.http!r} is {_NO_ADDRESS}")
         if self.session_timeout_s <= self.heartbeat_s:
             raise ValueError(f"session_timeout_s: must be more than heartbeat_s, {self.heartbeat_s}")
+
+    @property
+    def write_backoff(self) -> Backoff:
+        """How images are written again."""
+        return Backoff(self.write_attempts, self.write_retry_s)
 
 
 def default_config_path(mode: str) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ckptd.checkpoint.names import hidden_directory
+from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
 from ckptd.protocol.errors import SystemCallFailed
-from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
+from ckptd.protocol.messages import Keep, PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
 from ckptd.protocol.save import SaveRules
 from ckptd.protocol.waves import Wave, WaveRing
 
@@ -110,6 +111,17 @@ class Generation:
     def bytes_total(self) -> int:
         """Bytes of all images, or of those sealed so far while there is no plan."""
         return sum(self.rules.known_bytes) or sum(seal.message.image_bytes for seal in self.seals.values())
+
+    @property
+    def keep(self) -> Keep | None:
+        """What of its folder is to be kept once it is committed, as rank 0 said; None: everything."""
+        seal = self.seals.get(0)
+        return None if seal is None else seal.message.keep
+
+    def user_header(self) -> dict[str, str]:
+        """Return the entry of the index's header that holds what rank 0's user says of the checkpoint, if anything."""
+        seal = self.seals.get(0)
+        return {USER_DATA: seal.message.user} if seal is not None and seal.message.user else {}
 
     @property
     def seconds(self) -> float:

@@ -13,6 +13,7 @@ from ckptd.daemon.crew import JobContext
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.nodecache import NodeCache
+from ckptd.daemon.retention import Retention
 from ckptd.daemon.saves import Saves
 from ckptd.daemon.sessions import ArenaFile, Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
@@ -55,6 +56,9 @@ class Job:
         self.files = self._new_files(directory)
         self.saves = Saves(self, context)
         self.cache = NodeCache(self, context)
+        self.retention = Retention(
+            name, open_pool=lambda: self._new_pool(1), saving=self.saves.ids_in_flight, metrics=context.metrics
+        )
         self._retired: list[Session] = []  # ended sessions whose slots are still being written, or keep the last commit
         self._left_at_s = time.monotonic()  # when the last rank left
 
@@ -222,7 +226,7 @@ class Job:
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and nothing is in flight."""
-        return not self.sessions and not self.saves.generations
+        return not self.sessions and not self.saves.generations and not self.retention.busy
 
     @property
     def in_use(self) -> bool:
@@ -272,6 +276,7 @@ class Job:
         files, self.files = self.files, self._new_files()
         self.log.forget()
         await self.rest()
+        await self.retention.close()
         files.remove()
 
     async def leave_to_successor(self) -> None:
@@ -279,6 +284,7 @@ class Job:
         self.saves.leave()
         self.cache.close()
         await self.rest()
+        await self.retention.close()
 
     def status(self) -> dict[str, object]:
         """Return what `/status` tells of the job."""
@@ -291,4 +297,5 @@ class Job:
             "workers": self.worker_pids,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
+            "retention": self.retention.status(),
         }

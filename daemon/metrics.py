@@ -105,6 +105,8 @@ class Metrics:
         self._committed = self._counter("ckptd_committed_bytes", "Bytes of published checkpoints.")
         self._restarts = self._counter("ckptd_worker_restarts", "Dead workers that were replaced.")
         self._cached = self._counter("ckptd_node_cache_served_bytes", "Bytes that loads took from another rank's read.")
+        self._removed = self._counter("ckptd_removed_checkpoints", "Checkpoints that retention removed.")
+        self._retries = self._counter("ckptd_write_retries", "Images written again after a transient error.")
         saves = self._counter("ckptd_saves", "Saves that came to an end, by outcome.", "outcome")
         self._saves = {name: saves.labels(name) for name in get_args(Outcome)}
         failures = self._counter("ckptd_failures", "Failed saves, by class of the root cause.", "kind")
@@ -157,6 +159,14 @@ class Metrics:
     def worker_restarted(self) -> None:
         """Count a dead worker that was replaced."""
         self._restarts.inc()
+
+    def removed(self, count: int) -> None:
+        """Count checkpoints that retention has removed."""
+        self._removed.inc(count)
+
+    def write_retried(self) -> None:
+        """Count an image that is written again after a transient error."""
+        self._retries.inc()
 
     def rejected(self, reason: Reason) -> None:
         """Count a message that was dropped or refused."""

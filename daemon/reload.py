@@ -30,6 +30,8 @@ LIVE: Final = frozenset(
         "orphan_timeout_s",
         "retain_s",
         "work_attempts",
+        "write_attempts",
+        "write_retry_s",
     }
 )
 

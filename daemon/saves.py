@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Coroutine
@@ -18,6 +19,7 @@ from ckptd.daemon.crew import Crew, JobContext
 from ckptd.daemon.generation import CurrentPlan, Generation, Seal
 from ckptd.daemon.outcomes import Outcomes, Verdict
 from ckptd.daemon.plans import Plans
+from ckptd.daemon.retries import Retrying
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.daemon.tasks import commit_task, hand_over_task, plan_of, plan_task, write_task
@@ -76,6 +78,10 @@ class Saves:
         self._left = False
         hooks = SaveHooks(self._begin, self._fail_rank, self._progress, self._pool, self._send)
         self._waves = Waves(crew, self._config, hooks)
+
+    def ids_in_flight(self) -> list[str]:
+        """Ids of the checkpoints that are being saved."""
+        return [generation.rules.checkpoint_id for generation in self.generations.values()]
 
     @property
     def busy_arenas(self) -> set[int]:
@@ -192,6 +198,7 @@ class Saves:
         """A rank will not stage its part."""
         generation = self._generation(session, message)
         if generation is not None:
+            generation.rules.checkpoint_id = generation.rules.checkpoint_id or message.checkpoint_id
             self._apply(generation, rules.RankFell(session.rank, from_report(message.error)))
 
     def _generation(self, session: Session, message: Propose | Sealed | WaveSealed | GaveUp) -> Generation | None:
@@ -323,7 +330,8 @@ class Saves:
 
     async def _make_durable(self, generation: Generation, rank: int, task: WriteTask | FinishWavesTask) -> None:
         try:
-            reply = await self._pool().run(
+            pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self._metrics.write_retried)
+            reply = await pool.run(
                 task,
                 on_progress=lambda done: self._progress(generation, rank, done),
                 on_start=lambda waited: self._metrics.observe_phase("queue", waited),
@@ -396,6 +404,8 @@ class Saves:
         self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
         reach(CrashPoint.DAEMON_COMMIT_TOLD)
         self._end(generation)
+        if (keep := generation.keep) is not None:
+            self._crew.retention.request(os.path.dirname(generation.rules.checkpoint_id), keep)
 
     def _abandon(self, generation: Generation, action: rules.Abandon) -> None:
         logger.warning(

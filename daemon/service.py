@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.checkpoint.names import is_canonical
 from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
@@ -34,10 +35,13 @@ from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
 from ckptd.protocol import errors
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.messages import (
     Attach,
     Attached,
-    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
@@ -46,14 +50,14 @@ from ckptd.protocol.messages import (
     GaveUp,
     Heartbeat,
     OpenArena,
-    OpenCache,
     Propose,
     Resume,
+    Retain,
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
 from ckptd.protocol.wave_messages import WaveSealed
-from ckptd.staging.arena import SlotState, arena_bytes, create_arena
+from ckptd.staging.arena import SlotState, arena_bytes, create_arena, discard_pages
 
 logger = logging.getLogger(__name__)
 
@@ -332,6 +336,8 @@ class Daemon:
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
+        for number_before in session.arenas.keys() - job.saves.busy_arenas:
+            discard_pages(session.arenas[number_before].descriptor)  # the client has dropped it, or it would not ask
         job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
@@ -403,6 +409,10 @@ class Daemon:
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
+            case Retain():
+                if not is_canonical(message.root):
+                    raise errors.BadMessage(f"folder {message.root!r}, which is no absolute path")
+                job.retention.request(message.root, message.keep)
             case Detach():
                 self.lose(session, "left")
             case _:

@@ -27,6 +27,7 @@ from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.removal import retain
 from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.checkpoint.write_wave import Place, finish_waves, frame_of_file, write_wave
@@ -44,6 +45,7 @@ from ckptd.protocol.messages import (
     PlanDone,
     PlanRanks,
     PlanTask,
+    RetainTask,
     Task,
     TaskFailed,
     TaskReply,
@@ -154,6 +156,8 @@ class Worker:
             case DiscardTask():
                 discard_save(task.directory)
                 return DiscardDone()
+            case RetainTask():
+                return retain(task)
             case HandOverTask():
                 from ckptd.daemon.handover import save_handed_over  # torch, and whatever else the user's code needs
 

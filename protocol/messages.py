@@ -16,9 +16,20 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+    CacheBegun,
+    CacheClaim,
+    CacheDone,
+    CacheLeft,
+    CacheOpened,
+    CacheSkipped,
+    CacheWants,
+    OpenCache,
+)
 from ckptd.protocol.errors import BadMessage, ErrorReport
 from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
-from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence, UserText
 
 PROTOCOL_VERSION: Final = 2
 
@@ -83,19 +94,6 @@ class ArenaOpened(Message, frozen=True, tag="arena_opened"):
     slot_bytes: NBytes
 
 
-class OpenCache(Message, frozen=True, tag="open_cache"):
-    """Client to daemon: let this rank use the node's cache for a load of so many bytes."""
-
-    wanted_bytes: NBytes
-
-
-class CacheOpened(Message, frozen=True, tag="cache_opened"):
-    """Daemon to client: the descriptor of the cache's segment comes with this frame."""
-
-    frames: Count
-    frame_bytes: NBytes
-
-
 class Drain(Message, frozen=True, tag="drain"):
     """Whoever the daemon runs as, or root, to daemon, in place of Attach: take nothing new, finish what is sealed.
 
@@ -120,6 +118,16 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 # --- message socket, client to daemon ----------------------------------------------------------------------------
+
+
+class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/retention.py."""
+
+    last: Count | None = None  # the newest ones; None keeps all
+    every_steps: NBytes = 0  # those whose step is a multiple; 0: no such rule
+    best: NBytes = 0  # so many with the best metric
+    metric: str = ""
+    mode: Literal["min", "max"] = "min"
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
@@ -165,6 +173,15 @@ class Sealed(Message, frozen=True, tag="sealed"):
     wave_begin: NBytes = 0
     hashes: bytes = b""
     frame_hash: Hash = 0
+    user: UserText = ""  # of rank 0: what the user says of the checkpoint, in JSON; stored with it
+    keep: Keep | None = None  # of rank 0: what to keep of the folder once this save is committed
+
+
+class Retain(Message, frozen=True, tag="retain"):
+    """Remove from a folder what is not to be kept, now; the daemon does so after a commit without being asked."""
+
+    root: Name
+    keep: Keep
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
@@ -173,45 +190,6 @@ class GaveUp(Message, frozen=True, tag="gave_up"):
     sequence: Sequence
     checkpoint_id: Name
     error: ErrorReport
-
-
-class CacheWants(Message, frozen=True, tag="cache_wants"):
-    """The rank will claim these ranges of a file, each within one frame's length (int64 column: begin, end, ...)."""
-
-    file: Name
-    ranges: bytes
-
-
-class CacheBegun(Message, frozen=True, tag="cache_begun"):
-    """All that the rank wants has been said."""
-
-
-class CacheSkipped(Message, frozen=True, tag="cache_skipped"):
-    """The rank has got a range in another way."""
-
-    file: Name
-    begin: NBytes
-    end: NBytes
-
-
-class CacheClaim(Message, frozen=True, tag="cache_claim"):
-    """The rank needs a range now. Answer: CacheAnswer."""
-
-    number: NBytes
-    file: Name
-    begin: NBytes
-    end: NBytes
-
-
-class CacheDone(Message, frozen=True, tag="cache_done"):
-    """The rank touches the frame that it was told of no more. ``good``: what it was to read is there."""
-
-    number: NBytes
-    good: bool = True
-
-
-class CacheLeft(Message, frozen=True, tag="cache_left"):
-    """The rank's load is over."""
 
 
 class Detach(Message, frozen=True, tag="detach"):
@@ -263,16 +241,6 @@ class Aborted(Message, frozen=True, tag="aborted"):
     sequence: int
     error: ErrorReport
     replan: bool = False
-
-
-class CacheAnswer(Message, frozen=True, tag="cache_answer"):
-    """What to do about a claim: copy from a frame, read a range into it (reply to both: CacheDone), or read alone."""
-
-    number: NBytes
-    verdict: Literal["copy", "read", "alone"]
-    frame: NBytes = 0
-    begin: NBytes = 0
-    end: NBytes = 0
 
 
 class Fenced(Message, frozen=True, tag="fenced"):
@@ -385,6 +353,22 @@ class HandOverDone(Message, frozen=True, tag="hand_over_done"):
     metadata: bytes
 
 
+class RetainTask(Message, frozen=True, tag="retain_task"):
+    """Remove from ``root`` what is not to be kept. ``busy``: names of checkpoints that are being saved."""
+
+    root: Name
+    keep: Keep
+    busy: list[str]
+
+
+class RetainDone(Message, frozen=True, tag="retain_done"):
+    """Names that were removed, names that could not be had (read by somebody, or changed), and what went wrong."""
+
+    removed: list[str]
+    held: list[str]
+    errors: list[str]
+
+
 class DiscardTask(Message, frozen=True, tag="discard_task"):
     """Remove the hidden directory of a save that failed."""
 
@@ -404,10 +388,20 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
 AttachRequest = Attach | Resume | OpenArena | OpenCache | Drain
 AttachReply = Attached | ArenaOpened | CacheOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
-ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | GaveUp | Detach | CacheMessage
+ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
-Task = PlanTask | WriteTask | WriteWaveTask | FinishWavesTask | CommitTask | DiscardTask | HandOverTask
-TaskReply = PlanDone | WriteProgress | WaveWritten | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
+Task = PlanTask | WriteTask | WriteWaveTask | FinishWavesTask | CommitTask | DiscardTask | HandOverTask | RetainTask
+TaskReply = (
+    PlanDone
+    | WriteProgress
+    | WaveWritten
+    | WriteDone
+    | CommitDone
+    | DiscardDone
+    | HandOverDone
+    | RetainDone
+    | TaskFailed
+)
 
 
 class _AttachVersion(msgspec.Struct):

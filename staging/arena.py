@@ -37,6 +37,8 @@ _STATES_OFFSET: Final = 64
 _SEAL_LENGTH_LIMIT: Final = 1 << 26
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14, asm-generic/mman-common.h; Python 3.11 has no name for it
 
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2  # linux/falloc.h
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -111,6 +113,16 @@ def create_arena(path: str, *, slots: int, slot_bytes: int, owner: tuple[int, in
             raise ShmTooSmall(directory, size, free) from None
         raise SystemCallFailed("fallocate", path, error.errno or 0) from None
     return descriptor
+
+
+def discard_pages(descriptor: int) -> None:
+    """Give back the pages of an arena that nobody uses any more, though a worker may still have it mapped.
+
+    A mapping keeps a removed file's pages, and the next arena may need that room. Where the system cannot do it, they
+    go with the last mapping.
+    """
+    mode = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
+    _libc.fallocate(descriptor, mode, ctypes.c_long(0), ctypes.c_long(os.fstat(descriptor).st_size))
 
 
 def read_slot(descriptor: int, slot: int) -> tuple[SlotState, int, int]:

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
 from ckptd.checkpoint.commit import clear_away, discard, has_checkpoint, prepare_directory, publish
@@ -98,7 +99,12 @@ def begin(directory: str) -> int:
         The descriptor that holds the lock. Closing it, or the end of this process, gives it up.
     """
     prepare_directory(directory)
-    descriptor = named("open", directory, lambda: os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    try:
+        descriptor = named("open", directory, lambda: os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except SystemCallFailed:
+        with suppress(OSError):  # another rank writes into it already, and will remove it
+            os.rmdir(directory)
+        raise
     _lock(descriptor)
     return descriptor
 

@@ -17,6 +17,7 @@ from ckptd.daemon.cli.gc import gc
 from ckptd.daemon.cli.inspect import inspect
 from ckptd.daemon.cli.install import install, uninstall
 from ckptd.daemon.cli.ls import ls
+from ckptd.daemon.cli.scrub import scrub
 from ckptd.daemon.cli.serve import serve
 from ckptd.daemon.cli.status import status
 from ckptd.daemon.cli.top import top
@@ -49,6 +50,6 @@ def _root(
 
 
 _DAEMON: Final = (serve, status, top, drain, gc, doctor, bench, install, uninstall)
-_CHECKPOINTS: Final = (ls, inspect, verify, diff, extract, convert)
+_CHECKPOINTS: Final = (ls, inspect, verify, scrub, diff, extract, convert)
 for _command in (*_DAEMON, *_CHECKPOINTS):
     app.command()(_command)

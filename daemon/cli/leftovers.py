@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from ckptd.checkpoint.names import split_hidden
+from ckptd.checkpoint.names import is_removed, split_hidden
 from ckptd.daemon.directories import name_for
 from ckptd.protocol.errors import CkptdError, SystemCallFailed
 from ckptd.protocol.paths import runtime_dir
@@ -163,6 +163,11 @@ class HiddenSave:
     nbytes: int
     changed_unix_s: float
 
+    @property
+    def removing(self) -> bool:
+        """Whether it is no save, but a checkpoint whose removal has begun."""
+        return is_removed(os.path.basename(self.path))
+
 
 def hidden_saves(folder: str) -> Iterator[HiddenSave]:
     """Yield the hidden directories of saves below a folder. Raises SystemCallFailed if the folder cannot be read."""
@@ -205,6 +210,8 @@ def reason_to_keep(save: HiddenSave, *, busy: Collection[str], now_unix_s: float
         return f"changed {max(age_s, 0):.0f} s ago, which is less than --older-than"
     if not _unlocked(save.path):
         return "another process has locked it, or it is not ours"
+    if save.removing:
+        return ""
     try:
         fate = foresee(save.path)
     except CkptdError as error:
@@ -218,11 +225,15 @@ def settle(save: HiddenSave) -> str:
     Returns:
         Why it is still there, or "".
     """
+    from ckptd.checkpoint.commit import discard
     from ckptd.checkpoint.leftovers import sweep
 
     if not os.path.lexists(save.path):
         return ""
     try:
+        if save.removing:
+            discard(save.path)
+            return ""
         return sweep(save.path, {save.save_id}).kept.get(save.path, "")
     except CkptdError as error:
         return str(error)
@@ -232,7 +243,7 @@ def names_back(save: HiddenSave) -> bool:
     """Say whether a leftover will get its name back."""
     from ckptd.checkpoint.leftovers import Fate, foresee
 
-    return foresee(save.path) is Fate.NAME_BACK
+    return not save.removing and foresee(save.path) is Fate.NAME_BACK
 
 
 def tree_bytes(path: str) -> int:

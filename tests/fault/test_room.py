@@ -84,6 +84,16 @@ def test_of_two_ranks_that_ask_at_once_for_room_for_one_exactly_one_is_served(mo
         wait_until(lambda: not list(daemon.runtime.arenas.rglob("*.arena")), "the end of the one that was made")
 
 
+def test_a_state_that_grows_needs_no_room_for_the_arena_it_had_before(mounts, start_daemon, client, tmp_path):
+    """A worker still has the old one mapped: its pages must go all the same."""
+    shm = mounts.tmpfs(mib=24, name="shm")
+    start_daemon(shm_dir=str(shm))
+    client.save(state(4), checkpoint_id=tmp_path / "a")
+    client.save(state(8, 2.0), checkpoint_id=tmp_path / "b")
+    assert_holds(tmp_path / "a", mib=4)
+    assert_holds(tmp_path / "b", mib=8, value=2.0)
+
+
 def test_memory_that_is_kept_in_reserve_is_not_given_to_arenas(start_daemon, client):
     start_daemon(memory_reserve_fraction=0.999)
     with pytest.raises(RuntimeError, match=r"MemAvailable.* leaves 0 free; .*bytes kept in reserve"):
@@ -187,6 +197,27 @@ def test_the_images_of_all_ranks_count_and_all_are_refused_alike(mounts, daemon,
     assert errors[0] == errors[1]
     assert re.search(rf"{disk}: 125\d{{5}} bytes wanted, 8\d{{6}} free", errors[0])
     assert list(disk.iterdir()) == []
+
+
+def test_a_plan_of_a_save_that_fails_while_it_is_taken_in_is_not_kept(mounts, daemon, trainers):
+    disk = mounts.tmpfs(mib=2, name="disk")
+    ranks = trainers.job(2)
+    ranks[1].do(
+        "import ckptd.client.session as module\n"
+        "make = module.make_rank_layout\n"
+        "def make_late(*arguments, **options):\n"
+        "    layout = make(*arguments, **options)\n"
+        "    while session._saves:\n"  # until the other rank, which finds no room, has failed the save
+        "        time.sleep(0.001)\n"
+        "    return layout\n"
+        "module.make_rank_layout = make_late"
+    )
+    save = "future = dcp.async_save(state(8), checkpoint_id=path)"
+    ranks.do(save, path=str(disk / "a"))
+    assert all(str(disk) in text for text in ranks.get("outcome(future)"))
+    ranks[1].do("module.make_rank_layout = make")
+    ranks.do(save, path=str(disk.parent / "b"))
+    assert ranks.get("outcome(future)") == ["committed"] * 2
 
 
 def test_a_rank_that_comes_late_counts_what_the_others_have_written_once(mounts, daemon, trainers):

@@ -57,6 +57,15 @@ def test_memory_is_that_of_the_slots_however_large_the_state(daemon, client, tmp
     assert session.live
 
 
+def test_saves_that_follow_at_once_share_the_ring_and_keep_their_bytes_apart(daemon, client, tmp_path):
+    """A slot is given back once for each wave: the end of a save must not free what the next one stages in."""
+    client.connect(state(4), **RING)
+    futures = [client.async_save(state(4, float(n)), checkpoint_id=tmp_path / str(n)) for n in range(8)]
+    for number, future in enumerate(futures):
+        future.result(30)
+        assert_holds(tmp_path / str(number), mib=4, value=float(number))
+
+
 def test_what_fits_into_a_slot_is_staged_at_once_and_waves_may_follow_it(daemon, client, tmp_path):
     client.connect(**RING)
     for mib, name in [(0, "a"), (2, "b"), (0, "c"), (0, "a")]:  # a slot dressed for one is used for the other

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -22,6 +24,7 @@ from ckptd.staging.arena import (
     arena_bytes,
     available_bytes,
     create_arena,
+    discard_pages,
     hold,
     is_held,
     let_go,
@@ -139,6 +142,19 @@ class TestWhatAClientMayDoToIt:
         sealed = SlotState.SEALED.to_bytes(4, "little")
         os.pwrite(descriptor, sealed + length.to_bytes(4, "little"), 64)
         assert read_seal(descriptor, 0, SLOT_BYTES) is None
+
+
+def test_pages_of_an_arena_that_is_given_up_go_though_it_is_mapped():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        descriptor = create_arena(f"{folder}/arena", slots=4, slot_bytes=SLOT_BYTES)
+        memory = mmap.mmap(descriptor, arena_bytes(4, SLOT_BYTES))
+        memory[:] = b"x" * len(memory)
+        assert os.fstat(descriptor).st_blocks * 512 == len(memory)
+        discard_pages(descriptor)
+        assert os.fstat(descriptor).st_blocks == 0
+        assert memory[-1] == 0  # no SIGBUS
+        memory.close()
+        os.close(descriptor)
 
 
 class TestMakingOne:

@@ -35,6 +35,7 @@ class Report:
     bytes: int = 4096
     hashes_checked: int = 2
     faults: list[CkptdError] = field(default_factory=list)
+    crcs_checked: int = 0
 
 
 @pytest.fixture
@@ -280,6 +281,7 @@ def test_faults_as_json_carry_their_facts(run, verifier):
     assert (code, err) == (1, "")
     assert json.loads(out) == {
         **{"good": False, "path": "/c", "items": 2, "bytes": 4096, "hashes_checked": 2},
+        "crcs_checked": 0,
         "faults": [
             {"code": "wrong_bits", "message": str(fault), "path": "/c/a", "item": "w", "offset": 64},
         ],

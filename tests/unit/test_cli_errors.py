@@ -16,7 +16,7 @@ from ckptd.protocol.errors import BadConfig
 CKPTD = str(Path(sys.executable).with_name("ckptd"))
 COMMANDS = {
     *("serve", "status", "top", "drain", "gc", "doctor", "bench", "install", "uninstall"),
-    *("ls", "inspect", "verify", "diff", "extract", "convert"),
+    *("ls", "inspect", "verify", "scrub", "diff", "extract", "convert"),
 }
 
 

@@ -159,6 +159,17 @@ class TestHiddenSaves:
         assert settle(save) == ""
         assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["a"]
 
+    def test_a_checkpoint_whose_removal_was_cut_short_goes_and_does_not_come_back(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        path = tmp_path / "run" / ".a.ckptd-removed-0a1b2c3d"
+        path.mkdir()
+        write_checkpoint(path)
+        age(path)
+        save = look(tmp_path)
+        assert (judge(save), names_back(save)) == ("", False)
+        assert settle(save) == ""
+        assert list((tmp_path / "run").iterdir()) == []
+
     def test_a_save_that_a_process_has_locked_stays(self, tmp_path, hidden):
         descriptor = claim(hidden)
         assert judge(look(tmp_path)) == "another process has locked it, or it is not ours"

@@ -40,6 +40,7 @@ def nobody(monkeypatch):
 
     monkeypatch.setattr(sessions, "Session", open_session)
     monkeypatch.setattr(sessions, "_sessions", {})
+    monkeypatch.setattr(sessions, "_policies", {})
 
 
 def refused(call, *arguments, **options) -> str:
@@ -150,6 +151,9 @@ class Taken:
 
     def result(self):
         return "metadata"
+
+    def add_done_callback(self, _):
+        """It never ends."""
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from ckptd.staging.arena import ArenaView, SlotState, create_arena, read_seal, r
 from ckptd.staging.copy import Copier
 
 PAGE = 4096
-SLOT_BYTES = 6 * PAGE  # of which the seal takes four
+SLOT_BYTES = 10 * PAGE  # of which the seal takes eight
 
 
 class FakeDaemon:

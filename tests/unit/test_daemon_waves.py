@@ -97,7 +97,7 @@ def crew(tmp_path):
 
 
 def run(scenario):
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
 def test_a_wave_is_written_from_its_slot_to_its_place_and_its_slot_given_back(crew):

@@ -30,6 +30,7 @@ from ckptd.protocol.errors import (
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {
     *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages"),
+    *("checkpoints", "retries"),
 }
 LABELS = {
     "phase": set(get_args(Phase)),
@@ -67,7 +68,7 @@ def daemon():
 
 def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
     families = daemon.families()
-    assert len(families) == 20
+    assert len(families) == 22
     for name, family in families.items():
         assert name.startswith("ckptd_")
         assert family.documentation.endswith(".")

@@ -292,7 +292,7 @@ def test_cached_targets_are_copied_to_without_a_bounce(file, monkeypatch):
 
 
 def test_the_disk_is_read_into_aligned_buffers_of_whole_huge_pages():
-    buffer = read_module._huge_buffer(8 << 20)
+    buffer = read_module.huge_buffer(8 << 20)
     assert len(buffer) == 8 << 20
     assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % (2 << 20) == 0
 

@@ -76,8 +76,8 @@ def test_a_later_wave_makes_no_file(path):
 
 
 def test_too_little_room_for_the_whole_is_told_before_the_first_wave(path, monkeypatch):
-    volume = namedtuple("Volume", "f_bavail f_frsize")
-    monkeypatch.setattr(os, "statvfs", lambda directory: volume(9, PAGE))
+    volume = namedtuple("Volume", "f_blocks f_bavail f_frsize")
+    monkeypatch.setattr(os, "statvfs", lambda directory: volume(100, 9, PAGE))
     with pytest.raises(DiskFull) as caught:
         write(path, 0, 1, first=True)
     assert (caught.value.wanted_bytes, caught.value.free_bytes) == (10 * PAGE, 9 * PAGE)
