@@ -110,6 +110,15 @@ def sweep(path: str, dead: Container[str]) -> Swept:
     return swept
 
 
+def foresee(hidden: str) -> Fate:
+    """Return what a sweep would do with the hidden directory of a dead save.
+
+    Raises:
+        SystemCallFailed: It cannot be read, or is no directory.
+    """
+    return fate_of(_look_at(hidden))
+
+
 def discard_save(directory: str) -> None:
     """Remove what a failed save has written.
 

@@ -28,6 +28,8 @@ from ckptd.protocol.messages import (
     Attach,
     Attached,
     AttachReply,
+    Drain,
+    Drained,
     OpenArena,
     Refused,
     Resume,
@@ -55,6 +57,9 @@ class Host(Protocol):
 
     async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
         """Let the session use the node's cache; return its segment's descriptor, too. Raises CkptdError."""
+
+    async def drain(self, peer: Peer, timeout_s: float) -> Drained:
+        """Take nothing new and wait for what is sealed. Raises Forbidden."""
 
     def lose(self, session: Session, reason: str) -> None:
         """The peer is gone."""
@@ -207,6 +212,8 @@ class _AttachedPeer:
             case OpenCache() if self._session is not None:
                 cache, descriptor = await self._host.open_cache(self._session, request)
                 self._send(cache, [descriptor])
+            case Drain() if self._session is None:
+                self._send(await self._host.drain(self._peer, request.timeout_s))
             case _:
                 raise BadMessage("an attach message out of turn")
 

@@ -1,4 +1,4 @@
-"""The daemon's configuration: one TOML file, read once at the start.
+"""The daemon's configuration: one TOML file, read at the start and when SIGHUP says that it is new.
 
 Invariant: a :class:`Config` made by :func:`load_config` is within its bounds; nobody checks them again.
 """
@@ -41,7 +41,7 @@ _NO_ADDRESS: Final = "not HOST:PORT; write it as 127.0.0.1:9437 or [::1]:0"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What can be set in the file that CKPTD_CONFIG names; every key may be left out."""
+    """What can be set in the configuration file; every key may be left out."""
 
     http: str = "127.0.0.1:9437"
     """HOST:PORT of the HTTP endpoint; port 0 takes any free one. One that other machines can reach needs a token."""
@@ -131,22 +131,35 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return Backoff(self.write_attempts, self.write_retry_s)
 
 
-def load_config() -> Config:
-    """Return the configuration of the file named by CKPTD_CONFIG, or the defaults where none is named.
+def default_config_path(mode: str) -> str:
+    """Return where the file of a daemon that runs in ``mode`` is looked for when CKPTD_CONFIG names none."""
+    if mode == "system":
+        return "/etc/ckptd/ckptd.toml"
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "ckptd", "ckptd.toml")
+
+
+def load_config(default_path: str = "") -> Config:
+    """Return the configuration of the file that CKPTD_CONFIG names, else of ``default_path``, else the defaults.
+
+    Args:
+        default_path: A file that need not be there; see :func:`default_config_path`.
 
     Raises:
         BadConfig: The file cannot be read, is no TOML, or has an unknown key or a value that cannot be.
             The daemon ends: to go on with defaults would hide the mistake.
     """
-    path = os.environ.get("CKPTD_CONFIG", "")
-    if not path:
+    named = os.environ.get("CKPTD_CONFIG", "")
+    path = named or default_path
+    remedy = "or unset CKPTD_CONFIG" if named else "or remove it"
+    if not named and not os.path.lexists(path):
         return Config()
     try:
         values = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise BadConfig(path, f"{error.strerror}; correct or unset CKPTD_CONFIG") from None
+        raise BadConfig(path, f"{error.strerror}; correct {remedy}") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise BadConfig(path, f"not a TOML file: {error}; correct it or unset CKPTD_CONFIG") from None
+        raise BadConfig(path, f"not a TOML file: {error}; correct it {remedy}") from None
     return _checked(path, values)
 
 

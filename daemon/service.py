@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -27,7 +29,9 @@ from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
 from ckptd.daemon.live import Observer, room_status
+from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
+from ckptd.daemon.notify import is_listened_on
 from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
@@ -43,6 +47,7 @@ from ckptd.protocol.messages import (
     ClientMessage,
     DaemonMessage,
     Detach,
+    Drained,
     Echo,
     GaveUp,
     Heartbeat,
@@ -101,6 +106,7 @@ class Daemon:
         self._http_address = ""
         self._router: Router | None = None
         self._name = secrets.token_hex(8)
+        self._manager = Managed(config, place.mode, self.status)
         # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
         self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
 
@@ -118,8 +124,9 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup(self._manager.reload, self._stop.set))
         http: HttpServer | None = None
-        listener = _listen(attach_socket(self._place.runtime), everyone=everyone)
+        listener = self._take_listener(attach_socket(self._place.runtime), everyone=everyone)
         try:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
@@ -132,14 +139,23 @@ class Daemon:
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
             ticking = asyncio.create_task(self._tick_for_ever())
+            watching = asyncio.create_task(self._manager.watch(self._router))
+            self._manager.ready()
             logger.info("ready (%s, pid %d): sockets in %s", self._place.mode, os.getpid(), self._place.runtime)
             print(f"ckptd {__version__} serves http://{http.address} from {self._place.runtime}", flush=True)  # noqa: T201
-            await self._wait_for_end([attaching, routing, ticking])
-            await self._finish()
+            tasks = [attaching, routing, ticking, watching]
+            await self._wait_for_end(tasks)
+            self._manager.stopping()
+            logger.info("stopping: finishing what is sealed")
+            if left := await self._finish(self._config.stop_timeout_s):
+                logger.error(
+                    "stopped with %d saves unfinished after %.0f s: left to the next daemon",
+                    left, self._config.stop_timeout_s,
+                )  # fmt: skip
             self._leaving = True
-            for task in (attaching, routing, ticking):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(attaching, routing, ticking, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._tear_down(listener, http)
 
@@ -150,6 +166,17 @@ class Daemon:
             # For `ckptd status`, which is ours if it can read this.
             _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
         return server
+
+    def _take_listener(self, path: str, *, everyone: bool) -> socket.socket:
+        """Return the attach socket: the service manager's, or one of our own."""
+        try:
+            return self._manager.listener(path) or _listen(path, everyone=everyone)
+        except errors.CkptdError:
+            self._journal.close()
+            with contextlib.suppress(OSError):  # something for our successor lies there
+                os.rmdir(self._directories.root)
+            self._directories.release()
+            raise
 
     def _context(self) -> JobContext:
         return JobContext(
@@ -186,21 +213,16 @@ class Daemon:
         for task in done - {stop}:
             task.result()  # a broken transport ends the process; the service manager starts it again
 
-    async def _finish(self) -> None:
-        """Finish what is sealed; take nothing new."""
+    async def _finish(self, timeout_s: float) -> int:
+        """Finish what is sealed; take nothing new. Returns how many saves are unfinished when time is up."""
         self._stopping = True
-        logger.info("stopping: finishing what is sealed")
         for job in self._all_jobs():
             job.saves.stop_collecting()
-        pending = [g.ended.wait() for job in self._all_jobs() for g in job.saves.generations.values()]
-        try:
-            async with asyncio.timeout(self._config.stop_timeout_s):
-                await asyncio.gather(*pending)
-        except TimeoutError:
-            logger.error(
-                "stopped with %d saves unfinished after %.0f s: left to the next daemon",
-                len(pending), self._config.stop_timeout_s,
-            )  # fmt: skip
+        pending = [g for job in self._all_jobs() for g in job.saves.generations.values()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(generation.ended.wait() for generation in pending))
+        return sum(not generation.ended.is_set() for generation in pending)
 
     async def _tear_down(self, listener: socket.socket, http: HttpServer | None) -> None:
         left = False
@@ -219,7 +241,7 @@ class Daemon:
         messages_socket = message_endpoint(runtime).removeprefix("ipc://")
         self._volumes.close()
         for path in (attach_socket(runtime), messages_socket, http_address_file(runtime), http_token_file(runtime)):
-            if os.path.lexists(path):
+            if os.path.lexists(path) and not (path == attach_socket(runtime) and self._manager.owns_listener):
                 os.unlink(path)
         self._journal.close(emptied=not left)
         self._directories.release(emptied=not left)
@@ -358,6 +380,13 @@ class Daemon:
         """Let a session use its job's node cache."""
         return await self._job_of[session].cache.open(session, request.wanted_bytes)
 
+    async def drain(self, peer: Peer, timeout_s: float) -> Drained:
+        """Take nothing new from now on, and finish what is sealed; only the daemon's own user and root may ask."""
+        if peer.uid not in (0, os.geteuid()):
+            raise errors.Forbidden(peer.uid, os.geteuid())
+        logger.info("draining, as pid %d asks: finishing what is sealed", peer.pid)
+        return Drained(await self._finish(timeout_s), os.getpid())
+
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""
         if self._leaving:
@@ -410,7 +439,9 @@ class Daemon:
 
     def ready(self) -> str | None:
         """Return why the daemon takes no saves, or None if it does."""
-        return "stopping" if self._stopping else None
+        if not self._stopping:
+            return None
+        return "stopping" if self._stop.is_set() else "draining"
 
     def status(self) -> dict[str, object]:
         """Return what `/status` shows."""
@@ -422,6 +453,7 @@ class Daemon:
             "http": self._http_address,
             "mode": self._place.mode,
             "runtime_dir": self._place.runtime,
+            "takes_saves": not self._stopping,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
             "now_unix_s": now,
@@ -436,8 +468,10 @@ class Daemon:
 
 
 def _listen(path: str, *, everyone: bool) -> socket.socket:
+    if is_listened_on(path):  # the lock is ours, so it is no daemon but a service manager: stop its socket first
+        raise errors.SystemCallFailed("bind", path, errno.EADDRINUSE)
     if os.path.lexists(path):
-        os.unlink(path)  # the lock is ours, so it is a dead daemon's
+        os.unlink(path)  # a dead daemon's
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(path)

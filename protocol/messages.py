@@ -4,15 +4,15 @@ Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSI
 misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
 
 Three conversations:
-    attach socket   Attach, Resume, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
-                    credentials, descriptors)
+    attach socket   Attach, Resume, OpenArena, OpenCache, Drain -> Attached, ArenaOpened, CacheOpened, Drained, Refused
+                    (Unix socket: credentials, descriptors)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -34,6 +34,8 @@ from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Second
 PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
+
+DrainSeconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]  # no wait is without end
 
 # An attach frame holds a few names; anything longer is not one of ours.
 ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
@@ -90,6 +92,23 @@ class ArenaOpened(Message, frozen=True, tag="arena_opened"):
     arena: int
     slots: Count
     slot_bytes: NBytes
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Whoever the daemon runs as, or root, to daemon, in place of Attach: take nothing new, finish what is sealed.
+
+    The daemon stays so until it is started again.
+    """
+
+    protocol: int
+    timeout_s: DrainSeconds
+
+
+class Drained(Message, frozen=True, tag="drained"):
+    """Daemon to whoever asked: all is finished, or ``unfinished`` saves are not and time is up."""
+
+    unfinished: NBytes
+    pid: int
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -366,8 +385,8 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | Resume | OpenArena | OpenCache
-AttachReply = Attached | ArenaOpened | CacheOpened | Refused
+AttachRequest = Attach | Resume | OpenArena | OpenCache | Drain
+AttachReply = Attached | ArenaOpened | CacheOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
 ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer

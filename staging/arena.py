@@ -135,6 +135,15 @@ def read_slot(descriptor: int, slot: int) -> tuple[SlotState, int, int]:
     return (SlotState(state) if known else SlotState.FREE), length, sequence
 
 
+def count_slots(descriptor: int) -> int:
+    """Return how many slots an arena file has, read by descriptor; 0 for a file that is no arena."""
+    data = os.pread(descriptor, _HEADER.size, 0)
+    if len(data) < _HEADER.size:
+        return 0
+    magic, _, slots, _ = _HEADER.unpack(data)
+    return int(slots) if magic == _MAGIC and slots <= MAX_SLOTS else 0
+
+
 def read_seal(descriptor: int, slot: int, slot_bytes: int) -> bytes | None:
     """Return the encoded seal that stands in a slot's control area, or None if the slot is not sealed."""
     state, length, _ = read_slot(descriptor, slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Seconds. The daemon answers from memory within milliseconds; longer means that it hangs.
 _STATUS_TIMEOUT_S: Final = 5.0
 _UNAUTHORIZED: Final = 401
+_SYSTEM_RUNTIME: Final = "/run/ckptd"
 _REMEDY: Final = "start one with `ckptd serve`"
 
 
@@ -77,7 +79,7 @@ class Status(msgspec.Struct, frozen=True):
 
 def status(*, as_json: Annotated[bool, typer.Option("--json", help="Print what the daemon answers.")] = False) -> None:
     """Show the jobs of the running daemon, their ranks and their saves."""
-    body = fetch_status(runtime_dir())
+    body = fetch_status(daemons_runtime_dir())
     if as_json:
         typer.echo(body)
         return
@@ -86,6 +88,14 @@ def status(*, as_json: Annotated[bool, typer.Option("--json", help="Print what t
     except msgspec.DecodeError as error:
         raise BadMessage(f"status: {error}") from None
     _print_status(answer)
+
+
+def daemons_runtime_dir() -> str:
+    """Return the runtime directory of the daemon that clients of this user would find: their own, else the system's."""
+    own = runtime_dir()
+    if os.environ.get("CKPTD_RUNTIME_DIR") or os.path.lexists(http_address_file(own)):
+        return own
+    return _SYSTEM_RUNTIME if os.path.lexists(http_address_file(_SYSTEM_RUNTIME)) else own
 
 
 def fetch_status(runtime: str) -> bytes:

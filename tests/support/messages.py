@@ -15,11 +15,13 @@ SAMPLES = {
         m.Resume(2, b"token", "job", 3),
         m.OpenArena(2, 8192),
         m.OpenCache(7),
+        m.Drain(2, 2.5),
     ],
     m.decode_attach_reply: [
         m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
         m.ArenaOpened(1, 2, 8192),
         m.CacheOpened(64, 4 << 20),
+        m.Drained(2, 4711),
         m.Refused(ERROR),
     ],
     m.decode_client_message: [
