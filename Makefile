@@ -3,7 +3,12 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check bench cross-version format clean
+# What some tests drive: strace, and file systems on loop devices. They skip, with the reason, where it is lacking.
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs
+SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+.PHONY: demo test system-packages fuzz check bench soak cross-version format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -19,6 +24,18 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# Debian's and Ubuntu's packages; nothing is asked of apt where all programs are there.
+system-packages:
+	@PATH="$$PATH:/usr/sbin:/sbin"; for program in $(PROGRAMS); do \
+	  command -v $$program >/dev/null || { echo "$$program is missing: installing $(PACKAGES)"; \
+	    $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -qq --yes --no-install-recommends $(PACKAGES) >/dev/null; exit $$?; }; \
+	done
+
+# A hundred times the damaged input of the tests, from another seed each time; a failure names the seed.
+fuzz: .venv/installed
+	CKPTD_FUZZ_SEED=$${SEED:-$$(date +%s)} CKPTD_FUZZ_COUNT=$${COUNT:-150000} $(BIN)/python -m pytest tests/fault/test_fuzz.py
+
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -27,6 +44,10 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# 2,000 saves with kills at random, about half an hour; SOAK_ARGS="--saves 200 --seed 5" for less and others.
+soak: .venv/installed
+	$(BIN)/python tests/soak/run.py $(SOAK_ARGS)
 
 # Other torch versions in environments of their own, removed afterwards; CUDA builds take gigabytes meanwhile.
 CROSS ?= 2.13.0 2.14.1

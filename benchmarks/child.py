@@ -24,7 +24,7 @@ _PLANNING = "planning"
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one system; see python -m benchmarks.")
-    parser.add_argument("--system", required=True, help="ckptd, sync, thread, process, limits, soak or planning")
+    parser.add_argument("--system", required=True, help="ckptd, waves, sync, thread, process, limits, soak or planning")
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--tensors", type=int, default=1000)
     parser.add_argument("--saves", type=int, default=3)

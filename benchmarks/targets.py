@@ -9,8 +9,10 @@ import msgspec
 
 from benchmarks.samples import FormatSample
 from benchmarks.summary import Summary
+from benchmarks.systems import WAVE_SLOT_BYTES, WAVE_SLOTS
 
 _FLAT_BYTES: Final = 1 << 20  # CPython takes memory from the system in steps of 1 MiB: obmalloc.h, ARENA_SIZE
+_RING_GB: Final = WAVE_SLOTS * WAVE_SLOT_BYTES / 1e9
 _SLOWED_AT_MOST: Final = 0.05
 _LOCAL_PLAN_WITHIN_S: Final = 50e-3
 _RETURNS_WITHIN_S: Final = 2e-3
@@ -49,7 +51,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 def targets_of(run: Summary) -> list[Target]:
     """Return every promise with the figures of a run."""
-    return [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run), *_loading(run), *_planning(run)]
+    saving = [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run)]
+    return [*saving, *_loading(run), *_planning(run), *_waves(run)]
 
 
 def _persisting(run: Summary) -> list[Target]:
@@ -175,6 +178,26 @@ def _steadiness(run: Summary) -> list[Target]:
             relation="≤",
             bound=1.0,
         ),
+    ]
+
+
+def _waves(run: Summary) -> list[Target]:
+    waves = run.systems.get("waves")
+    if waves is None or not waves.peak_extra_gb:
+        return []
+    return [
+        Target(
+            number=9,
+            what="peak extra memory, staged in waves",
+            unit="GB",
+            ours=waves.peak_extra_gb,
+            stock=[],
+            limit=_RING_GB,
+            ratio_of="ours / two slots of 64 MiB",
+            ratio=waves.peak_extra_gb / _RING_GB,
+            relation="≤",
+            bound=2.0,  # the daemon and its worker are in it
+        )
     ]
 
 

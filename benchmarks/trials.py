@@ -62,7 +62,7 @@ class Trial:
         """Measure everything that applies to the system."""
         self._tell("making the state dict")
         state = make_state_dict(scope.nbytes, scope.tensors)
-        if isinstance(self._system, Ckptd):
+        if isinstance(self._system, Ckptd) and self._system.is_plain:
             self._limits = PairedLimits(tensors_of(state), self._directory)
         without = measure.memory_bytes(measure.family())
         try:
@@ -128,7 +128,7 @@ class Trial:
         return samples
 
     def _background_saves(self, state: StateDict, saves: int) -> list[SaveSample]:
-        if not isinstance(self._system, Ckptd):
+        if not (isinstance(self._system, Ckptd) and self._system.is_plain):
             return []
         self._system.in_background = True
         try:

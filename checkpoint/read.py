@@ -20,7 +20,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ckptd.checkpoint import read_requests
 from ckptd.checkpoint.collector import collector_paused
-from ckptd.checkpoint.read_files import BLOCK_BYTES, Disk, Source, SourceFile, memory_at
+from ckptd.checkpoint.read_blocks import BLOCK_BYTES
+from ckptd.checkpoint.read_files import Disk, Source, SourceFile, memory_at
 from ckptd.checkpoint.read_requests import Piece, Read, Request, Rows, requests_of
 from ckptd.protocol.errors import WrongBits
 
@@ -205,7 +206,8 @@ class _Reading:
         self._make_buffer(read)
         nbytes = (last - first) * rows.row_bytes
         target = memory_at(read.address + first * rows.row_bytes, nbytes)
-        self._files[request.file].fill_rows(rows.starts[first:last] + read.offset, rows.row_bytes, target)
+        begins = rows.starts[first:last] + read.offset
+        self._files[request.file].fill_rows(begins, rows.row_bytes, target, blocks=request.blocks)
         if self._is_complete(number, nbytes):
             self.finish(number, None)
 

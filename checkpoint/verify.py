@@ -24,7 +24,8 @@ from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, fram
 from ckptd.checkpoint.names import METADATA_NAME
 from ckptd.checkpoint.open import is_metadata_of, read_index
 from ckptd.checkpoint.read import huge_buffer
-from ckptd.checkpoint.read_files import BLOCK_BYTES, DiskFile
+from ckptd.checkpoint.read_blocks import BLOCK_BYTES
+from ckptd.checkpoint.read_files import DiskFile
 from ckptd.checkpoint.reading import reading
 from ckptd.checkpoint.stock_records import WrongRecord, check_record
 from ckptd.checkpoint.system import named

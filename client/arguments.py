@@ -18,9 +18,10 @@ from ckptd.checkpoint.planners.settings import save_settings
 from ckptd.checkpoint.storage.filesystem import FileSystemWriter
 from ckptd.checkpoint.storage.select import as_ours, local_path, writer_for
 from ckptd.client.handover import HANDED_OVER, HandOver, metadata_told
-from ckptd.client.session import SaveRequest
+from ckptd.client.options import SaveRequest
 from ckptd.protocol.errors import BadIndex, Unsupported
-from ckptd.protocol.messages import Committed, Keep
+from ckptd.protocol.messages import Committed
+from ckptd.protocol.retention_messages import Keep
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

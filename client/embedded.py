@@ -41,6 +41,23 @@ def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
     return _start(own, timeout_s=timeout_s), own
 
 
+def reopen_attach_socket(runtime: str, *, embedded: bool, timeout_s: float) -> socket.socket | None:
+    """Return a connection to the successor of a daemon that went away, or None if there is none yet.
+
+    Args:
+        runtime: Where the daemon was.
+        embedded: It was a private one: whoever needs it starts it again.
+        timeout_s: How long to wait for one that is started, in seconds.
+
+    Raises:
+        DaemonUnavailable: The one started did not come up.
+    """
+    connection = _try(runtime)
+    if connection is None and embedded and os.environ.get("CKPTD_EMBEDDED", "1") != "0":
+        return _start(runtime, timeout_s=timeout_s)
+    return connection
+
+
 def _try(runtime: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -103,7 +103,7 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
 
     def note_staged(self, bytes_total: int) -> None:
         """The last byte is staged."""
-        if not self.done():
+        if not self.done() and not self._progress.bytes_done:  # of a save in waves, much is written by now
             self._progress = SaveProgress(0, bytes_total)
         with contextlib.suppress(InvalidStateError):
             self.staging_completion.set_result(None)

@@ -41,6 +41,7 @@ class RankLayout:
     image_bytes: int
     control_bytes: int
     code_offset: int | None = None  # of a hand-over: where the pickle begins in the image
+    job_bytes: int = 0  # size of the images of all ranks
 
     def code_bytes(self, object_bytes: bytes) -> int:
         """Return the length of a hand-over's pickle, which is its one object; 0 of any other save."""
@@ -52,7 +53,9 @@ class RankLayout:
         return self.control_bytes + self.image_bytes
 
 
-def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigned: bytes) -> RankLayout:
+def make_rank_layout(
+    structure: Structure, digest: str, plan: LocalPlan, assigned: bytes, *, job_bytes: int = 0
+) -> RankLayout:
     """Return the layout of the items that the daemon assigned.
 
     Args:
@@ -60,6 +63,7 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
         digest: The plan's digest.
         plan: What this rank holds.
         assigned: int64 column of the positions that it stages.
+        job_bytes: Size of the images of all ranks in bytes.
     """
     items = np.frombuffer(assigned, dtype="<i8")
     layout = make_layout(plan, items)
@@ -67,7 +71,7 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
         placed = _placed(plan, layout)
     objects = sum(item.dtype is None for item in placed)
     control_bytes = -(-(_SEAL_BYTES + 8 * objects) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return RankLayout(structure, digest, items.tolist(), placed, layout.image_bytes, control_bytes)
+    return RankLayout(structure, digest, items.tolist(), placed, layout.image_bytes, control_bytes, job_bytes=job_bytes)
 
 
 def _placed(plan: LocalPlan, layout: Layout) -> list[Placed]:

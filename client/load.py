@@ -58,15 +58,17 @@ def load_into(
     begun, phases = time.perf_counter(), Phases("load", path)
     source = source or Disk()
     state = state_of(state_dict)
-    with collector_paused():  # it would look at every tensor again and again: 100,000 took three times as long
+    # It would look at every tensor again and again: 100,000 took three times as long to plan. One look beside the
+    # readers keeps them all waiting for the interpreter: 110 ms, three times as long as 350 MB took to copy.
+    with collector_paused():
         index = read_index(path)
         leaves = top_level(state) if flat else _leaves_of(state, index)
         found = match(path, index, leaves, rules=rules)
         _materialise(state, leaves, found.names)
         index = with_places(path, index, found.rows)
         plan = LoadPlanner(path, index, verify=verify).plan(leaves, found)
-    phases.end("plan")
-    count = read_all(plan.reads, source=source)
+        phases.end("plan")
+        count = read_all(plan.reads, source=source)
     phases.end("read", nbytes=count.read_bytes)
     for name, data in plan.objects.items():
         set_leaf(state, leaves[name][0], object_from(data))

@@ -236,9 +236,9 @@ class CachedFile:
             self._cache.send(CacheDone(answer.number, good))
         return data[begin - answer.begin : end - answer.begin]
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Read rows from the disk: ranks that want columns want other ones each."""
-        self._disk.fill_rows(begins, row_bytes, target)
+        self._disk.fill_rows(begins, row_bytes, target, blocks=blocks)
 
     def close(self) -> None:
         """Close the file."""

@@ -11,22 +11,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from ckptd.client.futures import SaveFuture, wait_quietly
-from ckptd.client.handover import HandOver, HandOverSnapshot, make_hand_over_layout, take_hand_over
+from ckptd.client.handover import HandOverSnapshot, make_hand_over_layout, take_hand_over
 from ckptd.client.identity import Identity, check_local_world, check_same_daemon
 from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
 from ckptd.client.logging_handlers import note
-from ckptd.client.slots import OnBusy, Slot, Slots
+from ckptd.client.options import SaveRequest, SessionOptions
+from ckptd.client.room import claim_room
+from ckptd.client.save_under_way import SaveUnderWay, seal_of
+from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
+from ckptd.client.waves import Ring, WaveSave, stage_in_waves
 from ckptd.protocol import messages
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
+    DaemonLost,
     DeadlineExceeded,
     SessionClosed,
     SlotTooSmall,
@@ -44,13 +49,12 @@ from ckptd.protocol.messages import (
     DaemonMessage,
     Fenced,
     GaveUp,
-    Keep,
     Progress,
     Propose,
     Sealed,
     SlotFreed,
 )
-from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS, SlotState
+from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState
 from ckptd.staging.copy import Copier, Pair
 
 if TYPE_CHECKING:
@@ -62,63 +66,6 @@ logger = logging.getLogger(__name__)
 _HEADROOM_DIVISOR: Final = 64
 _ARENA_STEP_BYTES: Final = 2 << 20
 _DRY_ID: Final = "/plan"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """How a session behaves; see :func:`ckptd.client.connect`."""
-
-    on_busy: OnBusy = "wait"
-    staging: Literal["blocking", "background"] = "blocking"
-    slots: int = 2
-    slot_bytes: int | None = None
-    connect_timeout_s: float = 60.0
-    busy_timeout_s: float = 600.0
-    progress_timeout_s: float = 300.0
-    touch_threads: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be, before anything is opened."""
-        if self.on_busy not in {"wait", "skip", "fail"}:
-            raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
-        if self.staging not in {"blocking", "background"}:
-            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
-        if not 1 <= self.slots <= MAX_SLOTS:
-            raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
-        if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
-            raise Unsupported(f"slot_bytes={self.slot_bytes}", f"give at least {ALIGNMENT_BYTES}")
-        for name in ("connect_timeout_s", "busy_timeout_s", "progress_timeout_s"):
-            if not 0 < getattr(self, name) <= 86_400:
-                raise Unsupported(f"{name}={getattr(self, name)}", "give seconds, more than 0 and at most a day")
-
-
-@dataclass(frozen=True)
-class SaveRequest:
-    """One call of `save` or `async_save`, with its arguments understood; all but the state dict, which nobody keeps."""
-
-    checkpoint_id: str
-    settings: str  # planner settings that change the plan
-    flat: bool
-    overwrite: bool
-    read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
-    background: bool
-    user: str = ""  # what is stored with the checkpoint; see ckptd.checkpoint.user_data
-    keep: Keep | None = None  # what of its folder is kept after the commit
-    hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way
-
-
-@dataclass(eq=False)
-class _Save:
-    """A save under way."""
-
-    sequence: int
-    request: SaveRequest
-    begun_s: float
-    future: SaveFuture
-    snapshot: Snapshot | None = None
-    committed: list[Committed] = field(default_factory=list)  # what the daemon told, once it is
-    plan_s: float = 0.0
-    assigned: Future[Assigned] = field(default_factory=Future)
 
 
 class Session:
@@ -142,7 +89,7 @@ class Session:
         self.on_cache_news: Callable[[CacheAnswer | None], None] = lambda _: None
         self._staging_one_at_a_time = threading.Lock()
         self._sequence = 0
-        self._saves: dict[int, _Save] = {}
+        self._saves: dict[int, SaveUnderWay] = {}
         self._slots = Slots()
         self._layout: RankLayout | None = None
         self._last_look: Snapshot | None = None
@@ -159,8 +106,13 @@ class Session:
             identity.launch,
             options.progress_timeout_s,
         )
-        timeouts = LinkTimeouts(options.connect_timeout_s, options.busy_timeout_s)
-        self._link = Link(request, timeouts=timeouts, on_message=self._on_message, on_lost=self._on_lost)
+        self._link = Link(
+            request,
+            timeouts=LinkTimeouts(options.connect_timeout_s, options.busy_timeout_s, options.reconnect_timeout_s),
+            on_message=self._on_message,
+            on_resumed=self._on_resumed,
+            on_lost=self._on_lost,
+        )
         try:
             check_same_daemon(identity, self._link.attached.daemon, timeout_s=options.connect_timeout_s)
             if options.slot_bytes is not None:
@@ -219,6 +171,8 @@ class Session:
         try:
             save.snapshot = self._look(state_dict, request)
             layout = self._layout_for(save, dry=True)
+            if self._needs_waves(layout):
+                return
             self._make_room(layout)
             for slot in self._take_free_slots():
                 slot.dress(layout)
@@ -261,16 +215,16 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop()
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost))
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 
-    def _begin(self, request: SaveRequest) -> _Save:
+    def _begin(self, request: SaveRequest) -> SaveUnderWay:
         with self._lock:
             if self._error is not None:
                 raise self._error
             self._sequence += 1
-            save = _Save(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
+            save = SaveUnderWay(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
             # The future must not hold the save that holds it: such rings wait for the collector, and memory creeps up.
             committed = save.committed
             save.future = SaveFuture(
@@ -278,7 +232,8 @@ class Session:
             )
             save.future.rank = self.identity.rank
             self._saves[save.sequence] = save
-            return save
+        reach(CrashPoint.CLIENT_SCHEDULED)
+        return save
 
     def _look(self, state_dict: Mapping[str, Any], request: SaveRequest) -> Snapshot:
         if request.hand_over is not None:
@@ -292,7 +247,7 @@ class Session:
         self._last_look = snapshot.forget()
         return snapshot
 
-    def _stage(self, save: _Save) -> None:
+    def _stage(self, save: SaveUnderWay) -> None:
         """Copy into a slot and seal it. Whatever goes wrong becomes the save's failure, on all ranks."""
         try:
             with self._staging_one_at_a_time:
@@ -305,10 +260,14 @@ class Session:
             self._give_up(save, UnexpectedError("staging was interrupted"))
             raise
 
-    def _stage_now(self, save: _Save) -> None:
+    def _stage_now(self, save: SaveUnderWay) -> None:
         snapshot = save.snapshot
         assert snapshot is not None
         layout = self._layout_for(save)
+        self._claim_room(save, layout)
+        if self._needs_waves(layout):
+            self._stage_in_waves(save, layout, snapshot)
+            return
         self._make_room(layout)
         save.plan_s = time.monotonic() - save.begun_s
         note("save", "plan", save.future.checkpoint_id, self.identity.rank, save.plan_s)
@@ -321,7 +280,9 @@ class Session:
         try:
             begun = time.monotonic()
             slot.set_state(SlotState.STAGING, sequence=save.sequence)
+            reach(CrashPoint.CLIENT_STAGING)
             object_bytes = self._copy(slot, layout, snapshot)
+            reach(CrashPoint.CLIENT_STAGED)
             stage_s = time.monotonic() - begun
             note("save", "stage", save.future.checkpoint_id, self.identity.rank, stage_s, nbytes=layout.image_bytes)
         except BaseException:
@@ -331,7 +292,27 @@ class Session:
             self._slots.release(slot)
             save.future.note_staged(0)
             return
-        self._seal(save, slot, layout, object_bytes, stage_s)
+        self._seal(save, slot, seal_of(save, slot, layout, object_bytes, stage_s))
+
+    def _needs_waves(self, layout: RankLayout) -> bool:
+        """Whether an image goes through the slots range by range; a hand-over's pickle must be whole in one."""
+        fits = layout.slot_bytes <= self._slots.slot_bytes
+        return self.options.staging == "waves" and layout.code_offset is None and not fits
+
+    def _stage_in_waves(self, save: SaveUnderWay, layout: RankLayout, snapshot: Snapshot) -> None:
+        options, future = self.options, save.future
+        save.plan_s = time.monotonic() - save.begun_s
+        note("save", "plan", future.checkpoint_id, self.identity.rank, save.plan_s)
+        who = (save.sequence, save.request.checkpoint_id, self.identity.rank)
+        waves = WaveSave(*who, options.on_busy, options.busy_timeout_s, future.done)
+        ring = Ring(self._slots, self._copier, self._link.send_encoded)
+        staged = stage_in_waves(waves, layout, snapshot.sources, ring)
+        if staged is None:  # another rank has failed the save meanwhile
+            future.note_staged(0)
+            return
+        note("save", "stage", future.checkpoint_id, self.identity.rank, staged.stage_s, nbytes=layout.image_bytes)
+        seal = seal_of(save, staged.slot, layout, staged.object_bytes, staged.stage_s)
+        self._seal(save, staged.slot, staged.put_into(seal))
 
     def _copy(self, slot: Slot, layout: RankLayout, snapshot: Snapshot) -> bytes:
         """Stage every item and return the column of the objects' lengths."""
@@ -348,46 +329,34 @@ class Session:
         self._copier.copy(pairs)
         return b"".join(length.to_bytes(8, "little") for length in lengths)
 
-    def _seal(self, save: _Save, slot: Slot, layout: RankLayout, object_bytes: bytes, stage_s: float) -> None:
+    def _seal(self, save: SaveUnderWay, slot: Slot, message: Sealed) -> None:
         now = time.monotonic()
-        seal = messages.encode(
-            Sealed(
-                sequence=save.sequence,
-                checkpoint_id=save.request.checkpoint_id,
-                digest=layout.digest,
-                arena=slot.arena.arena,
-                slot=slot.number,
-                control_bytes=layout.control_bytes,
-                image_bytes=layout.image_bytes,
-                object_bytes=object_bytes,
-                plan_s=save.plan_s,
-                stage_s=stage_s,
-                stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
-                overwrite=save.request.overwrite,
-                code_bytes=layout.code_bytes(object_bytes),
-                code_offset=layout.code_offset or 0,
-                user=save.request.user,
-                keep=save.request.keep,
-            )
-        )
-        slot.set_state(SlotState.SEALED, sequence=save.sequence, seal=seal)
+        seal = messages.encode(message)
+        save.said = seal
+        slot.seal(seal, sequence=save.sequence)
+        reach(CrashPoint.CLIENT_SEAL_WRITTEN)
         save.snapshot = None  # what is staged needs no reference to the state dict
-        save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line
+        save.future.note_staged(message.image_bytes)  # first: an answer may be here before the next line
         self._link.send_encoded(seal)
+        reach(CrashPoint.CLIENT_SEAL_SENT)
         note("save", "seal", save.future.checkpoint_id, self.identity.rank, time.monotonic() - now)
 
-    def _give_up(self, save: _Save, error: CkptdError) -> None:
+    def _give_up(self, save: SaveUnderWay, error: CkptdError) -> None:
         save.snapshot = None
         save.future.note_staging_failed(error)
         if self.live and not save.future.done():
             # The daemon tells all ranks alike, this one included.
-            self._link.send(GaveUp(save.sequence, save.request.checkpoint_id, error.report()))
+            self._say(save, GaveUp(save.sequence, save.request.checkpoint_id, error.report()))
         else:
             save.future.note_failed(error)
 
+    def _say(self, save: SaveUnderWay, message: Propose | GaveUp) -> None:
+        save.said = messages.encode(message)
+        self._link.send_encoded(save.said)
+
     # --- layouts and room ----------------------------------------------------------------------------------------
 
-    def _layout_for(self, save: _Save, *, dry: bool = False) -> RankLayout:
+    def _layout_for(self, save: SaveUnderWay, *, dry: bool = False) -> RankLayout:
         """Return the cached layout if the structure is unchanged, else have the daemon plan."""
         snapshot, layout = save.snapshot, self._layout
         assert snapshot is not None
@@ -402,14 +371,25 @@ class Session:
             raise UnexpectedError(f"{len(snapshot.sources)} sources for {plan.items} items")
         encoded = plan.encode()
         digest = xxhash.xxh3_128_hexdigest(encoded)
-        self._link.send(Propose(save.sequence, save.request.checkpoint_id, digest, encoded, dry))
+        self._say(save, Propose(save.sequence, save.request.checkpoint_id, digest, encoded, dry))
+        reach(CrashPoint.CLIENT_PROPOSED)
         # The daemon's own deadline ends this wait; the factor is for a daemon that is itself late.
         try:
             assigned = save.assigned.result(timeout=2 * self.options.progress_timeout_s)
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
-        self._layout = layout = make_rank_layout(structure, digest, plan, assigned.assigned)
+        reach(CrashPoint.CLIENT_ASSIGNED)
+        self._layout = layout = make_rank_layout(
+            structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes
+        )
         return layout
+
+    def _claim_room(self, save: SaveUnderWay, layout: RankLayout) -> None:
+        """Refuse a save that its volume has no room for, before a byte is staged."""
+        if save.request.hand_over is None:
+            others = [other.claim for other in list(self._saves.values()) if other.claim is not None]
+            marks = f"-{self.incarnation}-{save.sequence}-"
+            save.claim = claim_room(save.request.checkpoint_id, marks, layout.job_bytes, others)
 
     def _make_room(self, layout: RankLayout) -> None:
         if layout.slot_bytes <= self._slots.slot_bytes:
@@ -446,7 +426,7 @@ class Session:
                 if save is not None:
                     self._on_news(save, message)
 
-    def _on_news(self, save: _Save, news: Assigned | Progress | Committed | Aborted) -> None:
+    def _on_news(self, save: SaveUnderWay, news: Assigned | Progress | Committed | Aborted) -> None:
         match news:
             case Assigned():
                 if not save.assigned.done():
@@ -454,6 +434,7 @@ class Session:
             case Progress():
                 save.future.note_progress(news.bytes_done, news.bytes_total)
             case Committed():
+                reach(CrashPoint.CLIENT_COMMITTED)
                 save.committed.append(news)
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
@@ -462,11 +443,19 @@ class Session:
                     self._layout = None
                 self._end(save, from_report(news.error))
 
-    def _end(self, save: _Save, error: CkptdError) -> None:
+    def _end(self, save: SaveUnderWay, error: CkptdError) -> None:
         self._saves.pop(save.sequence, None)
         save.future.note_failed(error)
         if not save.assigned.done():
             save.assigned.set_exception(error)
+
+    def _on_resumed(self) -> None:
+        """A successor has taken the session up: what the daemon before it may not have got is said again."""
+        self._slots.look_again()
+        self.on_cache_news(None)
+        for save in list(self._saves.values()):
+            if save.said:
+                self._link.send_encoded(save.said)
 
     def _on_lost(self, error: CkptdError) -> None:
         logger.warning("session of job %s lost: %s", self.identity.job, error)

@@ -15,7 +15,8 @@ from ckptd.client.arguments import plan_settings
 from ckptd.client.exchange import place_in
 from ckptd.client.failure_policy import FailureOptions, FailurePolicy
 from ckptd.client.identity import Identity, alone, of_group
-from ckptd.client.session import Session, SessionOptions
+from ckptd.client.options import SessionOptions
+from ckptd.client.session import Session
 from ckptd.client.slots import OnBusy
 from ckptd.protocol.errors import Unsupported
 from ckptd.protocol.failing import OnFailure
@@ -35,7 +36,7 @@ def connect(
     world_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     on_busy: OnBusy = "wait",
-    staging: Literal["blocking", "background"] = "blocking",
+    staging: Literal["blocking", "background", "waves"] = "blocking",
     slots: int = 2,
     slot_bytes: int | None = None,
     connect_timeout_s: float = 60.0,
@@ -44,6 +45,7 @@ def connect(
     on_failure: OnFailure = "continue",
     max_consecutive_failures: int | None = None,
     pause_timeout_s: float = 600.0,
+    reconnect_timeout_s: float = 60.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
 
@@ -55,9 +57,12 @@ def connect(
         process_group: The ranks that save together; the default is the default group, if there is one.
         on_busy: What a save does when all slots are being written: wait (at most ``busy_timeout_s``), skip or fail.
         staging: "blocking": `async_save` returns when the tensors may change. "background": it returns at once, and
-            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`.
-        slots: How many saves can be staged at a time.
-        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict.
+            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`. "waves": as "blocking",
+            but what is larger than a slot goes through the slots part by part, while the parts before it are written:
+            memory stays ``slots`` times ``slot_bytes``, and the call takes as long as the disk does.
+        slots: How many saves can be staged at a time; with "waves", how many parts of one.
+        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict, and
+            with "waves" is 64 MiB.
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
@@ -66,6 +71,8 @@ def connect(
             ``pause_timeout_s`` have passed. The tensors of a pausing call are those that it was given.
         max_consecutive_failures: After so many failures in a row the next save call raises SavesFailing.
         pause_timeout_s: See ``on_failure``, in seconds.
+        reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
+            what is under way; without one, the saves under way fail.
 
     Raises:
         DaemonUnavailable: There is no daemon and none could be started.
@@ -80,6 +87,7 @@ def connect(
         connect_timeout_s=connect_timeout_s,
         busy_timeout_s=busy_timeout_s,
         progress_timeout_s=progress_timeout_s,
+        reconnect_timeout_s=reconnect_timeout_s,
     )
     failing = FailureOptions(
         on_failure=on_failure,

@@ -26,6 +26,8 @@ class Slot:
     arena: ArenaView
     number: int
     free: bool = True
+    sealed: bool = False  # it is the daemon's
+    freed_at: int = 0  # a count: the slot that is free for the longest time is taken next
     layout: RankLayout | None = None
     _dressed: DressedSlot | None = field(default=None, repr=False)
 
@@ -37,9 +39,18 @@ class Slot:
             self.layout = layout
         return self._dressed
 
+    def undress(self) -> None:
+        """Forget what the slot was dressed for: other bytes come over its records."""
+        self.layout = self._dressed = None
+
     def set_state(self, state: SlotState, *, sequence: int = 0, seal: bytes = b"") -> None:
         """Write the state where the daemon sees it."""
         self.arena.set_state(self.number, state, sequence=sequence, seal=seal)
+
+    def seal(self, seal: bytes, *, sequence: int) -> None:
+        """Give the slot to the daemon; the seal stands in its control area, too."""
+        self.set_state(SlotState.SEALED, sequence=sequence, seal=seal)
+        self.sealed = True
 
 
 class Slots:
@@ -51,6 +62,7 @@ class Slots:
         self._arena: ArenaView | None = None
         self._pinned: PinnedRanges | None = None
         self._error: CkptdError | None = None
+        self._times_freed = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -66,10 +78,17 @@ class Slots:
             self._arena = arena
             self._slots = [Slot(arena, number) for number in range(arena.slots)]
 
-    def drop(self) -> None:
-        """Forget the arena; the daemon keeps what it still writes."""
+    def drop(self, *, orphaned: bool = False) -> None:
+        """Forget the arena; the daemon keeps what it still writes.
+
+        Args:
+            orphaned: There is no daemon any more. Unless a slot is sealed, for one that may come, the file goes.
+        """
         with self._changed:
-            arena, self._arena, self._slots = self._arena, None, []
+            arena, self._arena, slots = self._arena, None, self._slots
+            self._slots = []
+        if arena is not None and orphaned and not any(slot.sealed for slot in slots):
+            arena.remove_file()
         if self._pinned is not None:
             self._pinned.release()
             self._pinned = None
@@ -89,7 +108,8 @@ class Slots:
             while True:
                 if self._error is not None:
                     raise self._error
-                slot = next((slot for slot in self._slots if slot.free), None)
+                # The oldest: the newest may hold the last committed image, from which loads read.
+                slot = min((slot for slot in self._slots if slot.free), key=lambda slot: slot.freed_at, default=None)
                 if slot is not None:
                     slot.free = False
                     return slot
@@ -116,8 +136,20 @@ class Slots:
         with self._changed:
             for slot in self._slots:
                 if (slot.arena.arena, slot.number) == (arena, number):
-                    slot.free = True
-                    self._changed.notify_all()
+                    self._free(slot)
+
+    def look_again(self) -> None:
+        """Find slots that a daemon has freed without being able to tell us: the state stands in the arena."""
+        with self._changed:
+            for slot in self._slots:
+                if slot.sealed and slot.arena.state(slot.number) in {SlotState.FREE, SlotState.RETAINED}:
+                    self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        slot.free, slot.sealed = True, False
+        self._times_freed += 1
+        slot.freed_at = self._times_freed
+        self._changed.notify_all()
 
     def release(self, slot: Slot) -> None:
         """Give a slot back that was never sealed."""

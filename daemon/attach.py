@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from ckptd.daemon.frames import FRAME_LENGTH
-from ckptd.daemon.sessions import ArenaFile, Peer, Session
+from ckptd.daemon.sessions import ArenaFile, Peer, Session, started_ticks
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage, CkptdError, ProtocolMismatch, UnexpectedError
 from ckptd.protocol.messages import (
@@ -28,6 +28,7 @@ from ckptd.protocol.messages import (
     OpenArena,
     OpenCache,
     Refused,
+    Resume,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class Host(Protocol):
 
     def attach(self, peer: Peer, request: Attach) -> tuple[Session, Attached]:
         """Open a session. Raises CkptdError."""
+
+    def resume(self, peer: Peer, request: Resume) -> tuple[Session, Attached]:
+        """Go on with a session. Raises CkptdError."""
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
         """Make an arena for the session. Raises CkptdError."""
@@ -80,17 +84,21 @@ class _AttachedPeer:
     def __init__(self, connection: socket.socket, host: Host) -> None:
         self._connection, self._host = connection, host
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        self._peer = Peer(*_PEER_CREDENTIALS.unpack(raw))
+        pid, uid, gid = _PEER_CREDENTIALS.unpack(raw)
+        self._peer = Peer(pid, uid, gid, started_ticks(pid))
         self._session: Session | None = None
+        self._attachment = 0
 
     async def run(self) -> None:
         """Serve the peer until it goes."""
-        watch: Callable[[], None] = lambda: None  # noqa: E731
+        watch: Callable[[], None] | None = None
         reason = "ended"
         try:
             watch = self._watch_process(asyncio.current_task())
             while (frame := await self._receive()) is not None:
                 await self._answer(frame)
+            if watch is not None:
+                await self._outlive_connection()
         except asyncio.CancelledError:
             # Either the process behind the connection ended, or the daemon is stopping; both end the session.
             pass
@@ -100,17 +108,34 @@ class _AttachedPeer:
         except OSError as error:
             reason = f"lost its connection ({error.strerror})"
         finally:
-            watch()
+            if watch is not None:
+                watch()
             self._connection.close()
-            if self._session is not None:
-                self._host.lose(self._session, reason)
+            session = self._session
+            if session is not None and session.attachment == self._attachment:  # else the client is back by another one
+                self._host.lose(session, reason)
 
-    def _watch_process(self, task: asyncio.Task[None] | None) -> Callable[[], None]:
-        """End the session with the process, even if a child of it still holds the connection open."""
+    async def _outlive_connection(self) -> None:
+        """Wait for the end of a process that closed its connection and did not say good-bye.
+
+        It may be on its way back by another connection, because it took us for dead; its silence ends the session, too.
+        """
+        self._connection.close()
+        session = self._session
+        if session is not None and session.live and session.address:  # one that never spoke has nothing to come back to
+            session.attached = False
+            await asyncio.Event().wait()  # the watch on the process cancels this task
+
+    def _watch_process(self, task: asyncio.Task[None] | None) -> Callable[[], None] | None:
+        """End the session with the process, even if a child of it still holds the connection open.
+
+        Returns:
+            What ends the watch; None where the process cannot be watched, so that the connection must do.
+        """
         try:
             descriptor = os.pidfd_open(self._peer.pid)
         except OSError:
-            return lambda: None  # gone already, or in a pid namespace that is not ours: the connection must do
+            return None  # gone already, or in a pid namespace that is not ours
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
@@ -168,6 +193,10 @@ class _AttachedPeer:
         match request:
             case Attach() if self._session is None:
                 self._session, reply = self._host.attach(self._peer, request)
+                self._send(reply)
+            case Resume() if self._session is None:
+                self._session, reply = self._host.resume(self._peer, request)
+                self._attachment = self._session.attachment
                 self._send(reply)
             case OpenArena() if self._session is not None:
                 arena = await self._host.open_arena(self._session, request)

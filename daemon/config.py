@@ -27,8 +27,10 @@ Chunk = Annotated[int, msgspec.Meta(ge=_BLOCK_BYTES, le=1024 * _MIB, multiple_of
 Nice = Annotated[int, msgspec.Meta(ge=0, le=19)]
 # The upper bound also keeps out TOML's inf and nan: no wait is without end.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
+Retention = Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)]
 Directory = Annotated[str, msgspec.Meta(pattern="^/")]
 CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
@@ -69,12 +71,25 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     stop_timeout_s: Seconds = 60.0
     """Seconds for which a daemon that got SIGTERM goes on writing what is sealed."""
 
+    retain_s: Retention = 600.0
+    """Seconds for which the last commit of a job whose trainers have ended is kept in shared memory, from which a
+    restarted trainer loads it; 0: not at all. It is given up earlier if the memory is needed."""
+
+    orphan_timeout_s: Seconds = 3600.0
+    """Seconds after which shared memory is reclaimed that no daemon knows and no live process uses."""
+
     user_code: bool | Literal["auto"] = "auto"
     """Whether users' own planners and storage writers may run in workers, under their uid; auto is true, but false in
     system mode."""
 
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""
+
+    memory_reserve_bytes: CacheBytes = 128 * _MIB
+    """Memory that arenas never take: of the machine's free memory, and of the limit of each control group."""
+
+    memory_reserve_fraction: Fraction = 0.02
+    """The same as a fraction of the machine's memory, or of the limit; the larger of the two is kept free."""
 
     node_cache_bytes: CacheBytes = 128 * _MIB
     """Shared memory of each job through which ranks of this node share what they load, while they load it; 0: none."""

@@ -5,28 +5,65 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
-from ckptd.protocol.messages import HandOverTask, Keep, PlanDone, Propose, Sealed, StagedHandOver, WriteDone
+from ckptd.protocol.errors import SystemCallFailed
+from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
+from ckptd.protocol.retention_messages import Keep
 from ckptd.protocol.save import SaveRules
-from ckptd.staging.arena import slot_offset
+from ckptd.protocol.waves import Wave, WaveRing
+
+RANKS_SUFFIX: Final = ".ranks"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CurrentPlan:
-    """A plan in force: its file, and what it means for each rank."""
+    """A plan in force: its file, and what it means for each rank.
+
+    Attributes:
+        path: Its file, which workers read.
+        digests: By which each rank knows its part.
+        image_bytes: Size of each rank's image in bytes.
+        made_for: Incarnation and sequence of the generation that it was made for.
+        committed: Whether a generation staged under it was committed: only then is it kept for the next ones.
+    """
 
     path: str
     digests: tuple[str, ...]
-    proposals: tuple[bytes, ...]  # each rank's encoded local plan, so that a changed rank can be planned anew
-    done: PlanDone
+    image_bytes: tuple[int, ...]
+    made_for: tuple[int, int]
+    committed: bool = False
+    _ranks: PlanRanks | None = None
 
-    @property
-    def image_bytes(self) -> tuple[int, ...]:
-        """Size of each rank's image in bytes."""
-        return tuple(self.done.image_bytes)
+    def ranks(self) -> PlanRanks:
+        """Return each rank's local plan and assignment, so that a changed rank can be planned anew.
+
+        Raises:
+            SystemCallFailed: The file beside the plan cannot be read. The save fails; the next one plans anew.
+        """
+        if self._ranks is None:
+            path = self.path + RANKS_SUFFIX
+            try:
+                with open(path, "rb") as file:
+                    self._ranks = decode_plan_ranks(file.read())
+            except OSError as error:
+                raise SystemCallFailed("read", path, error.errno or 0) from None
+        return self._ranks
+
+
+@dataclass(eq=False)
+class RankWaves:
+    """A rank's image that comes in waves: what of it is where, and what its writing took so far."""
+
+    ring: WaveRing
+    arena: ArenaFile
+    left: list[tuple[Wave, bool]] = field(default_factory=list)  # by a daemon before us, and whether they are written
+    write_s: float = 0.0
+    direct: bool = True
+    all_written: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -46,10 +83,12 @@ class Generation:
     save_id: str
     rules: SaveRules
     plan: CurrentPlan | None
+    older_plans: list[CurrentPlan] = field(default_factory=list)  # under which ranks have staged before another one did
     dry: bool = False  # only a plan is wanted, ahead of the first save
     metadata: bytes = b""  # of a hand-over, as its worker pickled it
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
+    waves: dict[int, RankWaves] = field(default_factory=dict)  # of ranks that stage in waves
     written: dict[int, WriteDone] = field(default_factory=dict)
     bytes_done: dict[int, int] = field(default_factory=dict)
     begun_at_s: float = field(default_factory=time.monotonic)
@@ -58,6 +97,11 @@ class Generation:
     ended_at_s: float | None = None
     work: set[asyncio.Task[None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def plans(self) -> list[CurrentPlan]:
+        """The plans that its images are staged under; their files are needed until it has ended."""
+        return [*self.older_plans, *([] if self.plan is None else [self.plan])]
 
     @property
     def directory(self) -> str:
@@ -85,6 +129,12 @@ class Generation:
         """Age of the save, or how long it took."""
         return (self.ended_at_s or time.monotonic()) - self.begun_at_s
 
+    def forget_work(self) -> None:
+        """The save is committed: only where its image lies is still of interest."""
+        self.written.clear()
+        self.proposals.clear()
+        self.metadata = b""
+
     def note_news(self) -> None:
         """Something happened: the deadline begins anew."""
         self.news_at_s = time.monotonic()
@@ -111,19 +161,3 @@ class Generation:
             "ranks_sealed": len(self.rules.sealed),
             "error": None if self.rules.error is None else str(self.rules.error),
         }
-
-
-def hand_over_task(generation: Generation) -> HandOverTask:
-    """Return what a worker needs for a save that all ranks have handed over."""
-    return HandOverTask([_staged(generation.seals[rank]) for rank in range(generation.rules.world_size)])
-
-
-def _staged(seal: Seal) -> StagedHandOver:
-    message, arena = seal.message, seal.arena
-    return StagedHandOver(
-        arena_path=arena.path,
-        image_offset=slot_offset(message.slot, arena.slot_bytes) + message.control_bytes,
-        image_bytes=message.image_bytes,
-        code_offset=message.code_offset,
-        code_bytes=message.code_bytes,
-    )

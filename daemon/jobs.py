@@ -6,18 +6,32 @@ Invariant: whatever a rank had sealed when its session ended is taken up before 
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import dataclass
 
+from ckptd.daemon.crew import JobContext
+from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.nodecache import NodeCache
 from ckptd.daemon.retention import Retention
-from ckptd.daemon.saves import JobContext, Saves
-from ckptd.daemon.sessions import Session
+from ckptd.daemon.saves import Saves
+from ckptd.daemon.sessions import ArenaFile, Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
 from ckptd.protocol.errors import BadMessage, DeadlineExceeded, SessionClosed, Unsupported
 from ckptd.protocol.messages import Attach, Fenced
-from ckptd.protocol.session import Roster
+from ckptd.protocol.session import Roster, Seat
+from ckptd.staging.arena import arena_bytes
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a job is. ``identity``: whom its workers run as; None is the daemon's own user."""
+
+    uid: int
+    gid: int
+    identity: Identity | None
 
 
 class Job:
@@ -25,56 +39,100 @@ class Job:
 
     Args:
         name: The job's name.
-        uid: The user's id.
-        identity: Whom its workers run as; None is the daemon's own user.
+        owner: Whose it is.
         context: What it shares with the other jobs.
+        log: Its part of the journal.
+        directory: Where its files lie on tmpfs, if a daemon before us has made it; "" makes a new one.
     """
 
-    def __init__(self, name: str, uid: int, *, identity: Identity | None, context: JobContext) -> None:
-        self.name, self.uid = name, uid
-        self._identity, self._context = identity, context
+    def __init__(self, name: str, owner: Owner, *, context: JobContext, log: JobLog, directory: str = "") -> None:
+        self.name, self.owner, self.log = name, owner, log
+        self._context = context
         self.roster = Roster(name)
         self.sessions: dict[int, Session] = {}
         self.progress_timeout_s = context.config.progress_timeout_s
         self.pool: WorkerPool | None = None
         self._user_pool: WorkerPool | None = None
-        self.files = JobFiles(context.root, identity)
+        self.files = self._new_files(directory)
         self.saves = Saves(self, context)
         self.cache = NodeCache(self, context)
         self.retention = Retention(
             name, open_pool=lambda: self._new_pool(1), saving=self.saves.ids_in_flight, metrics=context.metrics
         )
-        self._retired: list[Session] = []  # ended sessions whose slots are still being written
+        self._retired: list[Session] = []  # ended sessions whose slots are still being written, or keep the last commit
+        self._left_at_s = time.monotonic()  # when the last rank left
 
     def attach(self, session: Session, request: Attach) -> None:
         """Seat a session; older ones of the job may be fenced by it. Raises RankTaken or RankMismatch."""
         before = self.roster.incarnation
         older = self.sessions.get(request.rank)
-        if older is not None and older.peer.has_ended():
-            self.lose(older, "ended")  # its end and its successor's call came in the same moment
+        # The end of the one before and the call of this one come in the same moment; or it was lost and begins anew.
+        if older is not None and (older.peer.has_ended() or (not older.attached and older.peer == session.peer)):
+            self.lose(older, "ended")
         self.roster.join(request.rank, world_size=request.world_size, launch=request.launch, pid=session.peer.pid)
         session.incarnation = self.roster.incarnation
         if self.roster.incarnation != before:
             self._begin_incarnation()
         self.sessions[request.rank] = session
+        self.write_down()
+        self.log.session(session)
         if request.progress_timeout_s:
             self.progress_timeout_s = min(request.progress_timeout_s, self._context.config.progress_timeout_s)
-        self._open_pool()
+        self.open_pool()
+
+    def _new_files(self, directory: str = "") -> JobFiles:
+        return JobFiles(self._context.root, self.owner.identity, on_made=self.write_down, directory=directory)
+
+    def write_down(self) -> None:
+        """Bring the journal up to date on the roster and the directory."""
+        self.log.job(self.roster, uid=self.owner.uid, gid=self.owner.gid, directory=self.files.directory)
+
+    def take_up(self, session: Session) -> None:
+        """Seat a session that a daemon before us has opened; its client comes back, or is found to be gone."""
+        if not session.live:
+            self._retired.append(session)
+            return
+        self.sessions[session.rank] = session
+        self.roster.seats[session.rank] = Seat(session.peer.pid)
+
+    def take_up_seals(self) -> None:
+        """Look into the arenas for what was sealed but not said, and lose the sessions whose clients are gone."""
+        for session in list(self.sessions.values()):
+            self.take_up_seals_of(session)
+            if session.client_has_ended:
+                self.lose(session, "ended while no daemon ran")
+        self.release_retired()
+
+    def open_arena(self, session: Session, arena: ArenaFile) -> None:
+        """A session has got an arena."""
+        self.log.arena(session, arena)
+        session.arenas[arena.number] = arena
+        if not session.live:
+            self.give_up_arena(session, arena.number)
+            raise SessionClosed("the session ended while its arena was made")
+
+    def give_up_arena(self, session: Session, number: int) -> None:
+        """Remove an arena; its pages go when the last process that maps it goes."""
+        arena = session.arenas.get(number)
+        if arena is not None:
+            self.log.arena_over(arena.path)
+            session.close_arena(number)
 
     def _begin_incarnation(self) -> None:
         error = SessionClosed(f"incarnation {self.roster.incarnation} of job {self.name!r} took over")
         for old in list(self.sessions.values()):
             logger.info("job %s: incarnation %d fences rank %d", self.name, self.roster.incarnation, old.rank)
-            self._harvest(old)
+            self.take_up_seals_of(old)
             self._context.send(old, Fenced(error.report()))
             self._retire(old)
         self.sessions.clear()
-        self.saves.forget_plan()
+        self.saves.plans.put_in_force(None)
         self.saves.fail_incomplete(error)
         self.cache.close()
         self.progress_timeout_s = self._context.config.progress_timeout_s
 
-    def _open_pool(self) -> None:
+    def open_pool(self) -> None:
+        """Start the workers, if they do not run."""
         if self.pool is None:
             self.pool = self._new_pool(min(self.roster.world_size, self._context.config.workers_per_job))
 
@@ -95,10 +153,11 @@ class Job:
             nice=config.worker_nice,
             attempts=config.work_attempts,
             silence_s=self.progress_timeout_s,
-            identity=self._identity,
+            identity=self.owner.identity,
             users_code=users_code,
         )
-        pool = WorkerPool(settings, on_restart=self._context.metrics.worker_restarted)
+        lock, on_restart = self.files.lock_out_older_workers, self._context.metrics.worker_restarted
+        pool = WorkerPool(settings, lock=lock, on_restart=on_restart)
         pool.start()
         return pool
 
@@ -111,7 +170,7 @@ class Job:
         """A session ended: take up what it sealed, and fail what now can never be complete."""
         if not session.live:
             return
-        self._harvest(session)
+        self.take_up_seals_of(session)
         if self.sessions.get(session.rank) is session:
             del self.sessions[session.rank]
         self.roster.leave(session.rank, incarnation=session.incarnation)
@@ -119,7 +178,7 @@ class Job:
         self.cache.lose(session)
         self._retire(session)
 
-    def _harvest(self, session: Session) -> None:
+    def take_up_seals_of(self, session: Session) -> None:
         """Handle the seals that stand in a session's arenas, as if their messages had come; most have."""
         for seal in list(session.seals_left_behind()):
             try:
@@ -130,25 +189,59 @@ class Job:
     def _retire(self, session: Session) -> None:
         session.live = False
         self._retired.append(session)
+        self._left_at_s = time.monotonic()
+        self.log.session(session)
         self.release_retired()
 
     def release_retired(self) -> None:
         """Give up the arenas of ended sessions that no generation needs any more."""
         for session in list(self._retired):
-            self.release_arenas(session)
+            self._release(session, self.saves.busy_arenas | self.saves.outcomes.retained_arenas)
             if not session.arenas:
                 self._retired.remove(session)
+                self.log.session_over(session)
 
     def release_arenas(self, session: Session) -> None:
-        """Give up a session's arenas that no generation needs."""
+        """Give up a session's arenas that no generation needs, ahead of a new one."""
+        if session.arenas.keys() & self.saves.outcomes.retained_arenas:
+            self.saves.drop_retained()
+        self._release(session, self.saves.busy_arenas)
+
+    def _release(self, session: Session, kept: set[int]) -> None:
+        for number in [number for number in session.arenas if number not in kept]:
+            self.give_up_arena(session, number)
+
+    def expire(self) -> None:
+        """Give up what is kept in memory of a job that has left long ago."""
+        if self.idle and time.monotonic() - self._left_at_s >= self._context.config.retain_s:
+            self.saves.drop_retained()
+
+    @property
+    def retained_bytes_of_the_dead(self) -> int:
+        """Shared memory that only keeps the last commit of ended sessions, and could be given up, in bytes."""
         busy = self.saves.busy_arenas
-        for number in [number for number in session.arenas if number not in busy]:
-            session.close_arena(number)
+        arenas = [a for session in self._retired for a in session.arenas.values() if a.number not in busy]
+        return sum(arena_bytes(arena.slots, arena.slot_bytes) for arena in arenas)
 
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and nothing is in flight."""
-        return not self.sessions and not self.saves.generations and not self.retention.busy
+        return not self.sessions and not self.saves.generations
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is idle and removes nothing either, so that its workers may end without being waited for."""
+        return self.idle and not self.retention.busy
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it has processes or files."""
+        return self.pool is not None or bool(self.files.directory) or not self.idle
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is idle and holds no memory."""
+        return self.resting and not self._retired
 
     def check_deadlines(self) -> None:
         """Fail generations without news, and lose sessions that fell silent."""
@@ -159,23 +252,43 @@ class Job:
                 silent = DeadlineExceeded("the daemon heard nothing of this process", session.silent_s)
                 self._context.send(session, Fenced(silent.report()))
                 self.lose(session, f"was silent for {session.silent_s:.0f} s")
+            elif not session.attached and session.client_has_ended:
+                self.lose(session, "ended while no daemon ran")
 
-    async def close(self) -> None:
-        """End the workers and remove the job's files."""
+    def forgive(self, late_s: float) -> None:
+        """The daemon itself stood still for so long: no deadline ran meanwhile."""
+        for session in self.sessions.values():
+            session.heard_at_s += late_s
+        for generation in self.saves.generations.values():
+            generation.news_at_s += late_s
+
+    async def rest(self) -> None:
+        """End the workers; what lies in memory stays."""
         pools, self.pool, self._user_pool = (self.pool, self._user_pool), None, None
-        files, self.files = self.files, JobFiles(self._context.root, self._identity)
-        sessions = [*self.sessions.values(), *self._retired]
-        self._retired = []
-        self.saves.forget_plan()
-        self.cache.close()
-        for session in sessions:
-            for number in list(session.arenas):
-                session.close_arena(number)
         for pool in pools:
             if pool is not None:
                 await pool.close()
         await self.retention.close()
+
+    async def close(self) -> None:
+        """End the workers and remove the job's files: nothing of the job is left but its name."""
+        self.saves.plans.put_in_force(None)
+        self.saves.drop_retained()
+        self.cache.close()
+        for session in [*self.sessions.values(), *self._retired]:
+            for number in list(session.arenas):
+                self.give_up_arena(session, number)
+        self._retired = []
+        files, self.files = self.files, self._new_files()
+        self.log.forget()
+        await self.rest()
         files.remove()
+
+    async def leave_to_successor(self) -> None:
+        """End the workers; the next daemon goes on with what stands in the journal."""
+        self.saves.leave()
+        self.cache.close()
+        await self.rest()
 
     def status(self) -> dict[str, object]:
         """Return what `/status` tells of the job."""
@@ -183,7 +296,7 @@ class Job:
         return {
             "job": self.name,
             "incarnation": self.roster.incarnation,
-            "uid": self.uid,
+            "uid": self.owner.uid,
             "world_size": self.roster.world_size,
             "workers": self.worker_pids,
             "sessions": [session.status() for session in sessions],

@@ -48,8 +48,8 @@ from ckptd.protocol.messages import (
 from ckptd.staging.arena import create_arena
 
 if TYPE_CHECKING:
+    from ckptd.daemon.crew import JobContext
     from ckptd.daemon.jobfiles import JobFiles
-    from ckptd.daemon.saves import JobContext
     from ckptd.protocol.session import Roster
 
 logger = logging.getLogger(__name__)

@@ -11,27 +11,25 @@ import logging
 import os
 import secrets
 import time
-from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Final, Protocol, cast
+from typing import cast
 
-from ckptd import __version__
-from ckptd.checkpoint.names import image_name, is_canonical
-from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, Seal, hand_over_task
-from ckptd.daemon.jobfiles import JobFiles
-from ckptd.daemon.metrics import Metrics
-from ckptd.daemon.retention import Retention
+from ckptd.checkpoint.names import is_canonical
+from ckptd.daemon.crew import Crew, JobContext
+from ckptd.daemon.generation import CurrentPlan, Generation, Seal
+from ckptd.daemon.outcomes import Outcomes, Verdict
+from ckptd.daemon.plans import Plans
 from ckptd.daemon.retries import Retrying
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
+from ckptd.daemon.tasks import commit_task, hand_over_task, plan_of, plan_task, write_task
+from ckptd.daemon.waves import SaveHooks, Waves
 from ckptd.protocol import save as rules
+from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     BadMessage,
     CkptdError,
     DeadlineExceeded,
-    ErrorReport,
     RankLost,
     SaveSkipped,
     ShuttingDown,
@@ -42,14 +40,13 @@ from ckptd.protocol.messages import (
     Aborted,
     Assigned,
     CommitDone,
-    CommitTask,
     Committed,
     DaemonMessage,
     DiscardTask,
     GaveUp,
     HandOverDone,
     PlanDone,
-    PlanTask,
+    PlanRanks,
     Progress,
     Propose,
     Sealed,
@@ -57,53 +54,10 @@ from ckptd.protocol.messages import (
     WriteDone,
     WriteTask,
 )
-from ckptd.protocol.session import Roster
-from ckptd.staging.arena import SlotState, slot_offset
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed
+from ckptd.staging.arena import SlotState
 
 logger = logging.getLogger(__name__)
-
-_HISTORY: Final = 32
-# A rank that lags may speak of a save that has ended; more than a few saves behind, its slots would be busy.
-_VERDICTS: Final = 256
-
-
-class Send(Protocol):
-    """How a job speaks to its ranks."""
-
-    def __call__(self, session: Session, message: DaemonMessage) -> None:
-        """Send ``message``; a session that is gone is no error."""
-
-
-@dataclass(frozen=True)
-class JobContext:
-    """What all jobs of a daemon share. ``root``: its directory on tmpfs; ``user_code``: whether users' code may run."""
-
-    config: Config
-    metrics: Metrics
-    send: Send
-    root: str
-    user_code: bool = True
-
-
-class Crew(Protocol):
-    """Who takes part in a job's saves, and what they share."""
-
-    name: str
-    roster: Roster
-    sessions: dict[int, Session]
-    files: JobFiles
-    pool: WorkerPool | None
-    progress_timeout_s: float
-
-    @property
-    def retention(self) -> Retention:
-        """Removes old checkpoints after commits."""
-
-    def open_user_pool(self) -> WorkerPool:
-        """Return the worker for users' own code. Raises Unsupported where none may run."""
-
-    def release_retired(self) -> None:
-        """A generation ended: arenas of ended sessions may no longer be needed."""
 
 
 class Saves:
@@ -118,12 +72,12 @@ class Saves:
         self._crew = crew
         self._config, self._metrics, self._send = context.config, context.metrics, context.send
         self.generations: dict[tuple[int, int], Generation] = {}
-        self.history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
-        self._verdicts: dict[tuple[int, int], ErrorReport | None] = {}
-        self._plan: CurrentPlan | None = None
-        self._plan_committed = False
-        self._plans_made = 0
+        self.outcomes = Outcomes(crew.log)
+        self.plans = Plans(crew.log, lambda: [plan for g in self.generations.values() for plan in g.plans])
         self._stopping = False
+        self._left = False
+        hooks = SaveHooks(self._begin, self._fail_rank, self._progress, self._pool, self._send)
+        self._waves = Waves(crew, self._config, hooks)
 
     def ids_in_flight(self) -> list[str]:
         """Ids of the checkpoints that are being saved."""
@@ -132,11 +86,14 @@ class Saves:
     @property
     def busy_arenas(self) -> set[int]:
         """Numbers of the arenas that generations in flight still need."""
-        return {seal.arena.number for g in self.generations.values() for seal in g.seals.values()}
+        running = self.generations.values()
+        sealed = {seal.arena.number for g in running for seal in g.seals.values()}
+        return sealed | {waves.arena.number for g in running for waves in g.waves.values()}
 
-    def forget_plan(self) -> None:
-        """The job's ranks, or its files, are new: plan anew."""
-        self._plan, self._plan_committed = None, False
+    def drop_retained(self) -> None:
+        """The memory of the last commit is wanted."""
+        if self.outcomes.drop_retained():
+            self._crew.release_retired()
 
     def fail_incomplete(self, error: CkptdError) -> None:
         """Fail every generation that is not sealed by all ranks."""
@@ -148,6 +105,10 @@ class Saves:
         """The daemon is stopping: what is not sealed fails, and nothing new is taken."""
         self._stopping = True
         self.fail_incomplete(ShuttingDown())
+
+    def leave(self) -> None:
+        """What is under way is for the next daemon: the end of our workers is no failure of it."""
+        self._left = True
 
     def rank_fell(self, session: Session, reason: str) -> None:
         """A rank's session ended: what it has not sealed can never be complete."""
@@ -170,12 +131,35 @@ class Saves:
     def status(self) -> list[dict[str, object]]:
         """Return the last generations and those in flight."""
         running = [g.status() for g in self.generations.values() if not g.dry and g.ended_at_s is None]
-        return [*self.history, *running]
+        return [*self.outcomes.history, *running]
+
+    def go_on_with(self, generation: Generation) -> None:
+        """Take up a generation that a daemon before this one has left: say again what had happened to it.
+
+        Its seals, and what was written of it, are known already; the rules ask for whatever is still to be done.
+        """
+        self.generations[(generation.incarnation, generation.sequence)] = generation
+        for rank in list(generation.waves):
+            self._waves.go_on(generation, rank)
+        for rank, seal in list(generation.seals.items()):
+            self._apply(generation, _sealed_event(rank, seal.message))
+
+    def finish_failing(self, generation: Generation, error: CkptdError) -> None:
+        """Take up a generation that had failed, and of which files may be left."""
+        self.generations[(generation.incarnation, generation.sequence)] = generation
+        self._apply(generation, rules.Broke(error))
 
     # --- messages ------------------------------------------------------------------------------------------------
 
     def on_propose(self, session: Session, message: Propose) -> None:
         """A rank holds items that no plan in force describes."""
+        reach(CrashPoint.DAEMON_PROPOSED)
+        plan = self.plans.in_force
+        made_for = (session.incarnation, message.sequence)
+        if plan is not None and plan.made_for == made_for and plan.digests[session.rank] == message.digest:
+            # Asked again: the answer may have been lost with the daemon before this one.
+            self._tell_assignment(session, message.sequence, plan)
+            return
         generation = self._generation(session, message)
         if generation is None:
             return
@@ -183,26 +167,32 @@ class Saves:
         generation.proposals[session.rank] = message
         self._apply(generation, rules.Proposed(session.rank, message.checkpoint_id, message.digest))
 
-    def on_sealed(self, session: Session, message: Sealed) -> None:
-        """A rank's image is complete. Raises BadMessage if the slot is not this session's."""
+    def on_sealed(self, session: Session, message: Sealed | WaveSealed) -> None:
+        """A rank's image, or a wave of it, is complete. Raises BadMessage if the slot is not this session's."""
         arena = session.check(message)
         generation = self._generation(session, message)
         if generation is None:
             arena.set_state(message.slot, SlotState.FREE)
             self._send(session, SlotFreed(message.arena, message.slot))
             return
-        if session.rank in generation.seals:
+        if session.rank in generation.seals and isinstance(message, Sealed):
             return
-        generation.seals[session.rank] = Seal(message, arena)
+        reach(CrashPoint.DAEMON_SEAL_HEARD)
+        generation.rules.checkpoint_id = generation.rules.checkpoint_id or message.checkpoint_id
+        if isinstance(message, WaveSealed) or message.wave_bytes:
+            stages = (session.rank, message.checkpoint_id, message.digest, message.image_bytes)
+            self._apply(generation, rules.RankStages(*stages))
+            self._waves.take(generation, session.rank, message, arena)
+            if isinstance(message, WaveSealed) or generation.rules.decided:
+                return
+        generation.seals[session.rank] = seal = Seal(message, arena)
+        self._crew.log.sealed(generation, session.rank, seal)
+        reach(CrashPoint.DAEMON_SEAL_JOURNALED)
         self._metrics.observe_phase("stage", message.stage_s)
         self._metrics.observe_phase("plan", message.plan_s)
         self._metrics.observe_stall(message.stall_s)
         self._metrics.staged(message.image_bytes)
-        if message.code_bytes:
-            self._apply(generation, rules.RankHandedOver(session.rank, message.checkpoint_id))
-            return
-        event = rules.RankSealed(session.rank, message.checkpoint_id, message.digest, message.image_bytes)
-        self._apply(generation, event)
+        self._apply(generation, _sealed_event(session.rank, message))
 
     def on_gave_up(self, session: Session, message: GaveUp) -> None:
         """A rank will not stage its part."""
@@ -210,24 +200,22 @@ class Saves:
         if generation is not None:
             self._apply(generation, rules.RankFell(session.rank, from_report(message.error)))
 
-    def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
+    def _generation(self, session: Session, message: Propose | Sealed | WaveSealed | GaveUp) -> Generation | None:
         """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""
         # What a user's own writer takes for an id is its own affair; no path is made of it here.
         handed_over = isinstance(message, Sealed) and message.code_bytes > 0
         if not (handed_over or isinstance(message, GaveUp) or is_canonical(message.checkpoint_id)):
             raise BadMessage(f"checkpoint id {message.checkpoint_id!r}, which is no absolute path")
         key = (session.incarnation, message.sequence)
-        if key in self._verdicts:
-            error = self._verdicts[key]
-            if error is not None:
-                self._send(session, Aborted(message.sequence, error, replan=True))
+        if key in self.outcomes.verdicts:
+            self._tell_verdict(session, message.sequence, self.outcomes.verdicts[key])
             return None
         generation = self.generations.get(key)
         if generation is None and self._stopping:
             self._send(session, Aborted(message.sequence, ShuttingDown().report(), replan=True))
             return None
         if generation is None:
-            plan = self._plan
+            plan = self.plans.in_force
             known = () if plan is None else plan.digests
             known_bytes = () if plan is None else plan.image_bytes
             generation = Generation(
@@ -244,6 +232,12 @@ class Saves:
             self._send(session, Aborted(message.sequence, generation.rules.error.report(), replan=True))
         return generation
 
+    def _tell_verdict(self, session: Session, sequence: int, verdict: Verdict) -> None:
+        if verdict.error is None:
+            self._send(session, Committed(sequence, verdict.save_id, verdict.metadata))
+        else:
+            self._send(session, Aborted(sequence, verdict.error, replan=True))
+
     def _fail_for_absent(self, generation: Generation) -> None:
         """A rank that has left takes part in no later save of its incarnation: say so at once."""
         for rank, seat in self._crew.roster.seats.items():
@@ -254,6 +248,8 @@ class Saves:
     # --- actions -------------------------------------------------------------------------------------------------
 
     def _apply(self, generation: Generation, event: rules.Event) -> None:
+        if self._left:
+            return
         generation.note_news()
         for action in generation.rules.handle(event):
             match action:
@@ -288,47 +284,50 @@ class Saves:
             self._apply(generation, rules.Broke(UnexpectedError(f"internal error: {bug!r}; see the daemon's log")))
 
     async def _make_plan(self, generation: Generation, fixed: frozenset[int]) -> None:
-        pool, base = self._pool(), generation.plan
-        ranks = range(self._crew.roster.world_size)
-        proposals = [base.proposals[r] if r in fixed and base else generation.proposals[r].plan for r in ranks]
-        staged = [base.done.assigned[r] if r in fixed and base else None for r in ranks]
-        digests = tuple(base.digests[r] if r in fixed and base else generation.proposals[r].digest for r in ranks)
-        self._plans_made += 1
-        path = self._crew.files.path(f"{self._plans_made}.plan")
-        done = cast(PlanDone, await pool.run(PlanTask(path, proposals, staged)))
-        plan = CurrentPlan(path, digests, tuple(proposals), done)
-        generation.plan = plan
-        if generation.incarnation == self._crew.roster.incarnation:
-            self._plan, self._plan_committed = plan, False
+        path = self._crew.files.path(f"{secrets.token_hex(6)}.plan")
+        task = plan_task(path, generation, world_size=self._crew.roster.world_size, fixed=fixed)
+        done = cast(PlanDone, await self._pool().run(task))
+        reach(CrashPoint.DAEMON_PLANNED)
+        made_for = (generation.incarnation, generation.sequence)
+        ranks = PlanRanks(task.plans, done.assigned)
+        plan = CurrentPlan(path, tuple(task.digests), tuple(done.image_bytes), made_for, _ranks=ranks)
+        generation.older_plans, generation.plan = generation.plans, plan
+        in_force = generation.incarnation == self._crew.roster.incarnation
+        self._crew.log.plan(plan, in_force=in_force)
+        reach(CrashPoint.DAEMON_PLAN_JOURNALED)
+        if in_force:
+            self.plans.put_in_force(plan)
         self._apply(generation, rules.Planned(plan.digests, plan.image_bytes))
+        reach(CrashPoint.DAEMON_ASSIGNED)
         if generation.dry:
             self._end(generation)
 
     def _assign(self, generation: Generation, rank: int) -> None:
-        plan = generation.plan
         session = self._crew.sessions.get(rank)
-        if plan is not None and session is not None:
-            self._send(session, Assigned(generation.sequence, plan.digests[rank], plan.done.assigned[rank]))
+        if session is not None:
+            self._tell_assignment(session, generation.sequence, plan_of(generation))
+
+    def _tell_assignment(self, session: Session, sequence: int, plan: CurrentPlan) -> None:
+        rank = session.rank
+        mine, job_bytes = plan.ranks().assigned[rank], sum(plan.image_bytes)
+        self._send(session, Assigned(sequence, plan.digests[rank], mine, job_bytes))
 
     async def _write(self, generation: Generation, rank: int) -> None:
-        """Have a rank's image written."""
+        """Have a rank's image written, unless it was before a restart."""
+        known = generation.written.get(rank)
+        if known is not None:
+            self._apply(generation, rules.ImageWritten(rank, known.bytes_written))
+            return
         seal = generation.seals[rank]
-        message, plan = seal.message, generation.plan
-        if plan is None:
-            raise UnexpectedError("a seal without a plan")
-        seal.arena.set_state(message.slot, SlotState.PERSISTING, generation.sequence)
-        task = WriteTask(
-            plan_path=plan.path,
-            rank=rank,
-            arena_path=seal.arena.path,
-            image_offset=slot_offset(message.slot, seal.arena.slot_bytes) + message.control_bytes,
-            image_bytes=message.image_bytes,
-            object_bytes=message.object_bytes,
-            directory=generation.directory,
-            file=image_name(rank),
-            threads=self._config.write_threads,
-            chunk_bytes=self._config.write_chunk_bytes,
-        )
+        if seal.message.wave_bytes:
+            await self._make_durable(generation, rank, await self._waves.finish(generation, rank))
+            return
+        seal.arena.set_state(seal.message.slot, SlotState.PERSISTING, generation.sequence)
+        task = write_task(generation, rank, self._config)
+        reach(CrashPoint.DAEMON_WRITE_BEGUN)
+        await self._make_durable(generation, rank, task)
+
+    async def _make_durable(self, generation: Generation, rank: int, task: WriteTask | FinishWavesTask) -> None:
         try:
             pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self._metrics.write_retried)
             reply = await pool.run(
@@ -337,15 +336,21 @@ class Saves:
                 on_start=lambda waited: self._metrics.observe_phase("queue", waited),
             )
         except CkptdError as error:
-            self._apply(generation, rules.Broke(error, rank))
+            self._fail_rank(generation, rank, error)
             return
         done = cast(WriteDone, reply)
+        reach(CrashPoint.DAEMON_WRITTEN)
         generation.written[rank] = done
+        self._crew.log.written(generation, rank)
+        reach(CrashPoint.DAEMON_WRITTEN_JOURNALED)
         self._metrics.observe_phase("write", done.write_s)
         self._metrics.observe_phase("fsync", done.fsync_s)
         self._metrics.written(done.bytes_written)
         self._progress(generation, rank, done.bytes_written)
         self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
+
+    def _fail_rank(self, generation: Generation, rank: int, error: CkptdError) -> None:
+        self._apply(generation, rules.Broke(error, rank))
 
     def _progress(self, generation: Generation, rank: int, bytes_done: int) -> None:
         generation.bytes_done[rank] = bytes_done
@@ -364,6 +369,7 @@ class Saves:
             HandOverDone, await pool.run(hand_over_task(generation), on_progress=lambda _: generation.note_news())
         )
         generation.metadata = done.metadata
+        reach(CrashPoint.DAEMON_PUBLISHED)
         self._metrics.observe_phase("write", time.monotonic() - begun)
         self._metrics.written(generation.bytes_total)
         self._metrics.committed(generation.bytes_total, generation.seconds, now=time.time())
@@ -378,33 +384,11 @@ class Saves:
     async def _commit(self, generation: Generation) -> None:
         await self._older_ones_end(generation)
         begun = time.monotonic()
-        plan = generation.plan
-        if plan is None:
-            raise UnexpectedError("a commit without a plan")
-        ranks = range(generation.rules.world_size)
-        task = CommitTask(
-            plan_path=plan.path,
-            directory=generation.directory,
-            checkpoint_id=generation.rules.checkpoint_id,
-            save_id=generation.save_id,
-            hashes=[generation.written[rank].hashes for rank in ranks],
-            frame_hashes=[generation.written[rank].frame_hash for rank in ranks],
-            object_bytes=[generation.seals[rank].message.object_bytes for rank in ranks],
-            overwrite=all(seal.message.overwrite for seal in generation.seals.values()),
-            header={
-                "version": __version__,
-                "job": self._crew.name,
-                "incarnation": str(generation.incarnation),
-                "sequence": str(generation.sequence),
-                "save_id": generation.save_id,
-                "world_size": str(generation.rules.world_size),
-                **generation.user_header(),
-            },
-        )
-        done = cast(CommitDone, await self._pool().run(task))
+        reach(CrashPoint.DAEMON_COMMITTING)
+        done = cast(CommitDone, await self._pool().run(commit_task(generation, self._crew.name)))
+        reach(CrashPoint.DAEMON_PUBLISHED)
         self._metrics.observe_phase("commit", time.monotonic() - begun)
-        if plan is self._plan:
-            self._plan_committed = True
+        self.plans.note_commit(plan_of(generation))
         self._metrics.committed(done.bytes_total, generation.seconds, now=time.time())
         self._apply(generation, rules.Published())
 
@@ -414,7 +398,10 @@ class Saves:
             generation.rules.checkpoint_id, self._crew.name, generation.sequence,
             generation.bytes_total, generation.seconds,
         )  # fmt: skip
+        self._crew.log.committed(generation)
+        reach(CrashPoint.DAEMON_COMMIT_JOURNALED)
         self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
+        reach(CrashPoint.DAEMON_COMMIT_TOLD)
         self._end(generation)
         if (keep := generation.keep) is not None:
             self._crew.retention.request(os.path.dirname(generation.rules.checkpoint_id), keep)
@@ -428,43 +415,49 @@ class Saves:
             self._metrics.skipped()
         else:
             self._metrics.failed(action.error)
-        replan = action.replan or not self._plan_committed
-        if replan and generation.incarnation == self._crew.roster.incarnation:
-            self._plan, self._plan_committed = None, False  # a plan enters the cache only after a commit
+        replan = True
+        if generation.incarnation == self._crew.roster.incarnation:
+            replan = self.plans.doubt(always=action.replan)
+        self._crew.log.failed(generation, action.error.report())
+        reach(CrashPoint.DAEMON_FAILURE_JOURNALED)
         self._tell(generation, Aborted(generation.sequence, action.error.report(), replan))
         writers = [task for task in generation.work if task is not asyncio.current_task()]
-        cleaning = asyncio.create_task(self._clean_up(generation, writers))
-        generation.work.add(cleaning)
+        reach(CrashPoint.DAEMON_FAILURE_TOLD)
+        self._begin(generation, self._clean_up(generation, writers))
 
     async def _clean_up(self, generation: Generation, writers: list[asyncio.Task[None]]) -> None:
         """Once nobody writes any more, remove what was written and give the slots back."""
         for task in writers:
             task.cancel()  # what has begun is waited for all the same: two workers must not meet in one directory
         await asyncio.gather(*writers, return_exceptions=True)
-        if generation.seals and not generation.rules.handed_over and self._crew.pool is not None:
+        if self._left:
+            return
+        if (generation.seals or generation.waves) and not generation.rules.handed_over and self._crew.pool is not None:
             try:
                 await self._crew.pool.run(DiscardTask(generation.directory))
             except CkptdError as error:
                 logger.warning("could not remove %s: %s", generation.directory, error)
+        reach(CrashPoint.DAEMON_DISCARDED)
         self._end(generation)
 
     def _end(self, generation: Generation) -> None:
         generation.ended_at_s = time.monotonic()
-        if not generation.dry:
-            self.history.append(generation.status())
+        self.generations.pop((generation.incarnation, generation.sequence), None)
+        self.outcomes.end(generation, retain=generation.incarnation == self._crew.roster.incarnation)
         self._free_slots(generation)
-        key = (generation.incarnation, generation.sequence)
-        self.generations.pop(key, None)
-        error = generation.rules.error
-        self._verdicts[key] = None if error is None else error.report()
-        while len(self._verdicts) > _VERDICTS:
-            del self._verdicts[next(iter(self._verdicts))]
+        for plan in generation.plans:
+            self.plans.remove_unneeded(plan)
         generation.ended.set()
         self._crew.release_retired()
+        reach(CrashPoint.DAEMON_SLOTS_FREED)
 
     def _free_slots(self, generation: Generation) -> None:
+        self._waves.release(generation)
+        free = SlotState.RETAINED if generation is self.outcomes.retained else SlotState.FREE
         for rank, seal in generation.seals.items():
-            seal.arena.set_state(seal.message.slot, SlotState.FREE)
+            if seal.message.wave_bytes:
+                continue  # free since it was written, and perhaps in use again
+            seal.arena.set_state(seal.message.slot, free, generation.sequence)
             session = self._crew.sessions.get(rank)
             if session is not None and seal.arena.number in session.arenas:
                 self._send(session, SlotFreed(seal.message.arena, seal.message.slot))
@@ -478,6 +471,12 @@ class Saves:
         if self._crew.pool is None:
             raise ShuttingDown
         return self._crew.pool
+
+
+def _sealed_event(rank: int, seal: Sealed) -> rules.Event:
+    if seal.code_bytes:
+        return rules.RankHandedOver(rank, seal.checkpoint_id)
+    return rules.RankSealed(rank, seal.checkpoint_id, seal.digest, seal.image_bytes)
 
 
 def _file_part(job: str) -> str:

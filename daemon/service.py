@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
 import logging
 import os
-import pwd
 import secrets
-import shutil
 import signal
 import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
 from ckptd.checkpoint.names import is_canonical
+from ckptd.daemon.admission import Admission
+from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
+from ckptd.daemon.crew import JobContext
+from ckptd.daemon.directories import Directories
 from ckptd.daemon.http import HttpServer, start_http
-from ckptd.daemon.jobs import Job
+from ckptd.daemon.job_log import JobLog
+from ckptd.daemon.jobs import Job, Owner
+from ckptd.daemon.journal import Journal
 from ckptd.daemon.metrics import Live, Metrics, Reason
+from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.router import Router
-from ckptd.daemon.saves import JobContext
-from ckptd.daemon.sessions import ArenaFile, Peer, Session
-from ckptd.daemon.supervisor import Identity
+from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
 from ckptd.protocol import errors
 from ckptd.protocol.messages import (
     Attach,
@@ -42,17 +44,21 @@ from ckptd.protocol.messages import (
     OpenArena,
     OpenCache,
     Propose,
-    Retain,
+    Resume,
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
-from ckptd.staging.arena import create_arena
+from ckptd.protocol.retention_messages import Retain
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.staging.arena import SlotState, arena_bytes, create_arena
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["embedded", "user", "system"]
 
-_TICK_S: Final = 1.0
+_TICK_S: Final = 1.0  # at most: more often where signs of life are asked for more often
+# A slot that keeps a committed image is free for whoever wants to stage.
+_SLOT_NAMES: Final = {state: state.name.lower() for state in SlotState} | {SlotState.RETAINED: "free"}
 _JOBS_REMEMBERED: Final = 64
 _REASONS: Final[dict[type[errors.CkptdError], Reason]] = {
     errors.BadMessage: "garbage",
@@ -77,23 +83,21 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
+        self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
         self._job_of: dict[Session, Job] = {}
         self._sessions: dict[bytes, Session] = {}
         self._arenas_made = 0
         self._started_unix_s = time.time()
         self._stopping = False
+        self._leaving = False  # sessions that end now have not left: their clients wait for our successor
         self._stop = asyncio.Event()
         self._http_address = ""
         self._router: Router | None = None
-        self._root = self._tmpfs_directory()
         self._name = secrets.token_hex(8)
         # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
         self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
-
-    def _tmpfs_directory(self) -> str:
-        where = hashlib.blake2s(self._place.runtime.encode(), digest_size=6).hexdigest()
-        return os.path.join(self._config.shm_dir, f"ckptd-{os.geteuid()}-{where}")
 
     # --- life ----------------------------------------------------------------------------------------------------
 
@@ -103,18 +107,21 @@ class Daemon:
         Raises:
             SystemCallFailed: A socket, the lock or a directory cannot be had; another daemon may be running here.
         """
-        lock = self._prepare_directories()
+        everyone = self._place.mode == "system"
+        self._directories = Directories(self._place.runtime, self._config.shm_dir, everyone=everyone)
+        self._journal = Journal(self._directories.state)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         http: HttpServer | None = None
-        listener = _listen(attach_socket(self._place.runtime), everyone=self._place.mode == "system")
+        listener = _listen(attach_socket(self._place.runtime), everyone=everyone)
         try:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
                 os.chmod(message_endpoint(self._place.runtime).removeprefix("ipc://"), 0o666)
             http = await start_http(self._place.http, self, self.metrics)
             self._http_address = http.address
+            self._adopt()
             _write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
@@ -123,30 +130,41 @@ class Daemon:
             print(f"ckptd {__version__} serves http://{http.address} from {self._place.runtime}", flush=True)  # noqa: T201
             await self._wait_for_end([attaching, routing, ticking])
             await self._finish()
+            self._leaving = True
             for task in (attaching, routing, ticking):
                 task.cancel()
             await asyncio.gather(attaching, routing, ticking, return_exceptions=True)
         finally:
-            await self._tear_down(listener, http, lock)
+            await self._tear_down(listener, http)
 
-    def _prepare_directories(self) -> int:
-        runtime = self._place.runtime
-        try:
-            os.makedirs(runtime, mode=0o755 if self._place.mode == "system" else 0o700, exist_ok=True)
-            owner = os.stat(runtime).st_uid
-            if owner != os.geteuid():
-                raise errors.Forbidden(os.geteuid(), owner)
-            lock = os.open(os.path.join(runtime, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise errors.SystemCallFailed("lock", runtime, error.errno or 0) from None
-        # With the lock held, whatever lies here is a dead daemon's.
-        shutil.rmtree(self._root, ignore_errors=True)
-        try:
-            os.mkdir(self._root, 0o711)  # users' own directories lie below: they may pass, not list
-        except OSError as error:
-            raise errors.SystemCallFailed("mkdir", self._root, error.errno or 0) from None
-        return lock
+    def _context(self) -> JobContext:
+        return JobContext(
+            self._config, self.metrics, self._send, self._directories.root, self._journal, self._user_code
+        )
+
+    def _adopt(self) -> None:
+        """Take up what a daemon before us has left here."""
+        self._arenas_made = max((arena.number for arena in self._journal.read(ArenaRecord)), default=0)
+        for job in adopt_jobs(self._context()):
+            self._jobs[job.owner.uid, job.name] = job
+            for session in job.sessions.values():
+                self._job_of[session] = job
+                self._sessions[session.token] = session
+        self._directories.clear_root({job.files.directory for job in self._jobs.values()})
+        self._adopt_from_others()
+
+    def _adopt_from_others(self) -> None:
+        """Finish what daemons have left that are dead and whose clients are, too; reclaim memory that nobody uses."""
+        for directory in self._directories.journals_of_the_dead():
+            first = next_number(self._journal)
+            if import_journal(directory, self._journal):
+                self._adopted += adopt_jobs(self._context(), since=first)
+        kept = {job.files.directory for job in self._all_jobs()}
+        for root in self._directories.reclaim_orphans(kept, older_than_s=self._config.orphan_timeout_s):
+            logger.warning("reclaimed %s: its daemon is dead and no process uses it", root)
+
+    def _all_jobs(self) -> list[Job]:
+        return [*self._jobs.values(), *self._adopted]
 
     async def _wait_for_end(self, tasks: list[asyncio.Task[None]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -158,18 +176,26 @@ class Daemon:
         """Finish what is sealed; take nothing new."""
         self._stopping = True
         logger.info("stopping: finishing what is sealed")
-        for job in self._jobs.values():
+        for job in self._all_jobs():
             job.saves.stop_collecting()
-        pending = [g.ended.wait() for job in self._jobs.values() for g in job.saves.generations.values()]
+        pending = [g.ended.wait() for job in self._all_jobs() for g in job.saves.generations.values()]
         try:
             async with asyncio.timeout(self._config.stop_timeout_s):
                 await asyncio.gather(*pending)
         except TimeoutError:
-            logger.error("stopped with %d saves unfinished after %.0f s", len(pending), self._config.stop_timeout_s)
+            logger.error(
+                "stopped with %d saves unfinished after %.0f s: left to the next daemon",
+                len(pending), self._config.stop_timeout_s,
+            )  # fmt: skip
 
-    async def _tear_down(self, listener: socket.socket, http: HttpServer | None, lock: int) -> None:
-        for job in self._jobs.values():
-            await job.close()
+    async def _tear_down(self, listener: socket.socket, http: HttpServer | None) -> None:
+        left = False
+        for job in self._all_jobs():
+            if job.idle:
+                await job.close()
+            else:  # its clients, or what is sealed, wait for our successor
+                left = True
+                await job.leave_to_successor()
         listener.close()
         if http is not None:
             await http.close()
@@ -180,28 +206,44 @@ class Daemon:
         for path in (attach_socket(runtime), messages_socket, http_address_file(runtime)):
             if os.path.lexists(path):
                 os.unlink(path)
-        shutil.rmtree(self._root, ignore_errors=True)
-        os.close(lock)
+        self._journal.close(emptied=not left)
+        self._directories.release(emptied=not left)
 
     async def _tick_for_ever(self) -> None:
-        idle_since_s = time.monotonic()
+        idle_since_s = last_s = time.monotonic()
+        tick_s = min(_TICK_S, self._config.heartbeat_s)
         while True:
-            await asyncio.sleep(_TICK_S)
-            for job in list(self._jobs.values()):
-                job.check_deadlines()
-                if job.idle and job.pool is not None:
-                    await job.close()
+            await asyncio.sleep(tick_s)
+            now = time.monotonic()
+            late_s, last_s = now - last_s - tick_s, now
+            if late_s > _TICK_S:  # while we were stopped ourselves, nobody was silent
+                for job in self._all_jobs():
+                    job.forgive(late_s)
+            for job in self._all_jobs():
+                await self._look_after(job)
             self._forget_old_jobs()
-            if not all(job.idle for job in self._jobs.values()):
+            if not all(job.resting for job in self._all_jobs()):
                 idle_since_s = time.monotonic()
             elif self._place.mode == "embedded" and time.monotonic() - idle_since_s > self._config.idle_exit_s:
                 logger.info("idle for %.0f s: an embedded daemon ends", self._config.idle_exit_s)
                 self._stop.set()
+            self._adopt_from_others()
+            if self._journal.wants_tidying:
+                await asyncio.to_thread(self._journal.tidy)
+
+    async def _look_after(self, job: Job) -> None:
+        job.check_deadlines()
+        job.expire()
+        if job.empty and job.in_use:
+            await job.close()
+        elif job.resting and job.pool is not None:
+            await job.rest()
 
     def _forget_old_jobs(self) -> None:
-        done = [key for key, job in self._jobs.items() if job.idle and job.pool is None]
+        self._adopted = [job for job in self._adopted if job.in_use]
+        done = [key for key, job in self._jobs.items() if not job.in_use]
         for key in done[: max(0, len(self._jobs) - _JOBS_REMEMBERED)]:
-            del self._jobs[key]
+            self._jobs.pop(key).log.forget()
 
     # --- attach: daemon.attach.Host ------------------------------------------------------------------------------
 
@@ -217,18 +259,44 @@ class Daemon:
         key = (peer.uid, request.job)
         job = self._jobs.get(key)
         if job is None:
-            assert self._router is not None
-            context = JobContext(self._config, self.metrics, self._send, self._root, self._user_code)
-            job = Job(request.job, peer.uid, identity=_identity(peer), context=context)
-        session = Session(peer, _identity(peer), request.rank, 0)
+            owner = Owner(peer.uid, peer.gid, identity_of(peer))
+            log = JobLog(self._journal, self._new_number())
+            job = Job(request.job, owner, context=self._context(), log=log)
+        session = Session(peer, identity_of(peer), request.rank, 0)
         job.attach(session, request)
         self._jobs[key] = job
         self._job_of[session] = job
         self._sessions[session.token] = session
-        endpoint = message_endpoint(self._place.runtime)
-        attached = Attached(
+        return session, self._attached(session)
+
+    def _new_number(self) -> int:
+        known = [job.log.number for job in self._all_jobs()]
+        return max([next_number(self._journal), *(number + 1 for number in known)])
+
+    def resume(self, peer: Peer, request: Resume) -> tuple[Session, Attached]:
+        """Go on with a session whose connection, or whose daemon, is gone."""
+        if self._stopping:
+            raise errors.ShuttingDown
+        session = self._sessions.get(request.token)
+        if session is None or not session.live:
+            job = self._jobs.get((peer.uid, request.job))
+            if job is not None and job.roster.incarnation > request.incarnation:
+                raise errors.SessionClosed(f"incarnation {job.roster.incarnation} of job {request.job!r} took over")
+            raise errors.SessionUnknown(request.job)
+        if peer.uid != session.peer.uid:
+            raise errors.Forbidden(peer.uid, session.peer.uid)
+        session.heard_at_s = time.monotonic()
+        session.attached = True
+        session.attachment += 1
+        job = self._job_of[session]
+        job.take_up_seals_of(session)
+        logger.info("rank %d of job %s is back", session.rank, job.name)
+        return session, self._attached(session)
+
+    def _attached(self, session: Session) -> Attached:
+        return Attached(
             session.token,
-            endpoint,
+            message_endpoint(self._place.runtime),
             session.incarnation,
             self._config.heartbeat_s,
             self._config.session_timeout_s,
@@ -236,26 +304,38 @@ class Daemon:
             __version__,
             self._name,
             self._user_code,
+            self._place.mode == "embedded",
         )
-        return session, attached
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
         job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
-        descriptor = await asyncio.to_thread(
-            create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner
-        )
+        make = partial(create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner)
+        nbytes = arena_bytes(request.slots, request.slot_bytes)
+        try:
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
+        except errors.ShmTooSmall:
+            if not self._drop_what_the_dead_keep():
+                raise
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
-        session.arenas[number] = arena
-        if not session.live:
-            session.close_arena(number)
-            raise errors.SessionClosed("the session ended while its arena was made")
+        job.open_arena(session, arena)
         return arena
+
+    def _drop_what_the_dead_keep(self) -> bool:
+        """Give up the last commits of ended jobs for one that needs the memory; say whether there were any."""
+        keeping = [job for job in self._all_jobs() if job.retained_bytes_of_the_dead]
+        for job in keeping:
+            logger.info("job %s: %d bytes of its last commit make room", job.name, job.retained_bytes_of_the_dead)
+            job.saves.drop_retained()
+        return bool(keeping)
 
     async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
         """Let a session use its job's node cache."""
@@ -263,6 +343,8 @@ class Daemon:
 
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""
+        if self._leaving:
+            return
         self._sessions.pop(session.token, None)
         job = self._job_of.pop(session, None)
         if job is not None:
@@ -290,7 +372,7 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
@@ -316,7 +398,7 @@ class Daemon:
     def status(self) -> dict[str, object]:
         """Return what `/status` shows."""
         now = time.time()
-        jobs = [job.status() for job in self._jobs.values()]
+        jobs = [job.status() for job in self._all_jobs()]
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -325,7 +407,7 @@ class Daemon:
             "runtime_dir": self._place.runtime,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
-            "workers": [pid for job in self._jobs.values() for pid in job.worker_pids],
+            "workers": [pid for job in self._all_jobs() for pid in job.worker_pids],
             "jobs": jobs,
         }
 
@@ -334,9 +416,9 @@ class Daemon:
         arena_bytes = 0
         for session in self._sessions.values():
             for arena in session.arenas.values():
-                slots.update(state.name.lower() for state, _ in arena.states())
+                slots.update(_SLOT_NAMES[state] for state, _ in arena.states())
                 arena_bytes += arena.slots * arena.slot_bytes
-        pools = [job.pool for job in self._jobs.values() if job.pool is not None]
+        pools = [job.pool for job in self._all_jobs() if job.pool is not None]
         return Live(
             slots=dict(slots),
             queue_depth=sum(pool.depth for pool in pools),
@@ -344,18 +426,6 @@ class Daemon:
             workers=sum(len(pool.pids) for pool in pools),
             arena_bytes=arena_bytes,
         )
-
-
-def _identity(peer: Peer) -> Identity | None:
-    """Return whom a peer's workers run as; None where that is ourselves."""
-    if os.geteuid() != 0 or peer.uid == 0:
-        return None
-    try:
-        name = pwd.getpwuid(peer.uid).pw_name
-        groups = os.getgrouplist(name, peer.gid)
-    except KeyError:
-        groups = [peer.gid]  # a uid without a name, as in many containers
-    return Identity(peer.uid, peer.gid, tuple(groups))
 
 
 def _listen(path: str, *, everyone: bool) -> socket.socket:

@@ -6,6 +6,7 @@ Invariant: a session's token opens the slots of this session's arenas and no oth
 from __future__ import annotations
 
 import os
+import pwd
 import secrets
 import select
 import time
@@ -17,7 +18,9 @@ from ckptd.daemon.supervisor import Identity
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage
 from ckptd.protocol.messages import Sealed
-from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState, read_seal, read_slot, write_slot_state
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.protocol.waves import part_of
+from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState, is_held, read_seal, read_slot, write_slot_state
 
 TOKEN_BYTES: Final = 32
 
@@ -29,9 +32,12 @@ class Peer:
     pid: int
     uid: int
     gid: int
+    started_ticks: int = 0  # since boot; tells it from a later process of its pid. 0: unknown
 
     def has_ended(self) -> bool:
         """Return whether the process is gone; one that its parent has not waited for is."""
+        if self.started_ticks and started_ticks(self.pid) not in {self.started_ticks, 0}:
+            return True  # the pid is another's by now
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -42,6 +48,16 @@ class Peer:
             return bool(select.select([descriptor], [], [], 0)[0])
         finally:
             os.close(descriptor)
+
+
+def started_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot, or 0 where nobody can tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The second field, the command's name in parentheses, may hold blanks. Source: proc_pid_stat(5).
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 @dataclass(frozen=True)
@@ -78,25 +94,36 @@ class Session:
     arenas: dict[int, ArenaFile] = field(default_factory=dict)
     heard_at_s: float = field(default_factory=time.monotonic)
     live: bool = True
+    attached: bool = True  # whether it has a connection now
+    attachment: int = 0  # which of its attach connections counts; a client that lost one comes back by another
+
+    @property
+    def client_has_ended(self) -> bool:
+        """Whether the client is gone, as the kernel tells: for a session that has no connection."""
+        if self.peer.has_ended():
+            return True
+        arenas = self.arenas.values()
+        return bool(arenas) and not any(is_held(arena.descriptor) for arena in arenas)
 
     @property
     def silent_s(self) -> float:
         """Seconds since the last message."""
         return time.monotonic() - self.heard_at_s
 
-    def check(self, seal: Sealed) -> ArenaFile:
+    def check(self, seal: Sealed | WaveSealed) -> ArenaFile:
         """Return the arena that a seal names. Raises BadMessage if it is not this session's, or does not fit."""
         arena = self.arenas.get(seal.arena)
         if arena is None or not 0 <= seal.slot < arena.slots:
             raise BadMessage(f"slot {seal.slot} of arena {seal.arena}, which this session does not have")
-        aligned = seal.control_bytes % ALIGNMENT_BYTES == 0 and seal.image_bytes % ALIGNMENT_BYTES == 0
-        if not aligned or seal.control_bytes + seal.image_bytes > arena.slot_bytes:
+        begin, nbytes = part_of(seal)
+        aligned = all(number % ALIGNMENT_BYTES == 0 for number in (seal.control_bytes, begin, nbytes, seal.image_bytes))
+        if not aligned or seal.control_bytes + nbytes > arena.slot_bytes or begin + nbytes > seal.image_bytes:
             raise BadMessage(f"an image of {seal.image_bytes} bytes in a slot of {arena.slot_bytes}")
-        if seal.code_offset + seal.code_bytes > seal.image_bytes:
+        if isinstance(seal, Sealed) and seal.code_offset + seal.code_bytes > seal.image_bytes:
             raise BadMessage(f"a hand-over of {seal.code_bytes} bytes behind the end of its image")
         return arena
 
-    def seals_left_behind(self) -> Iterator[Sealed]:
+    def seals_left_behind(self) -> Iterator[Sealed | WaveSealed]:
         """Yield the seals that stand in the arenas: a trainer may die between sealing a slot and saying so."""
         for arena in self.arenas.values():
             for slot in range(arena.slots):
@@ -107,7 +134,7 @@ class Session:
                     seal = messages.decode_client_message(data)
                 except BadMessage:
                     continue  # half-written or forged: nothing was sealed
-                if isinstance(seal, Sealed) and (seal.arena, seal.slot) == (arena.number, slot):
+                if isinstance(seal, Sealed | WaveSealed) and (seal.arena, seal.slot) == (arena.number, slot):
                     yield seal
 
     def status(self) -> dict[str, object]:
@@ -131,3 +158,15 @@ class Session:
         if arena is not None:
             os.close(arena.descriptor)
             os.unlink(arena.path)
+
+
+def identity_of(peer: Peer) -> Identity | None:
+    """Return whom a peer's workers run as; None where that is ourselves."""
+    if os.geteuid() != 0 or peer.uid == 0:
+        return None
+    try:
+        name = pwd.getpwuid(peer.uid).pw_name
+        groups = os.getgrouplist(name, peer.gid)
+    except KeyError:
+        groups = [peer.gid]  # a uid without a name, as in many containers
+    return Identity(peer.uid, peer.gid, tuple(groups))

@@ -6,6 +6,7 @@ Invariant: every task that is taken ends, with an answer or an error; none waits
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,7 +82,7 @@ class _Job:
 class _WorkerProcess:
     """One spawned worker and the stream to it."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, lock: int) -> None:
         ours, theirs = socket.socketpair()
         who: dict[str, object] = {}
         if settings.identity is not None:
@@ -91,7 +92,7 @@ class _WorkerProcess:
             self.process = subprocess.Popen(
                 _command(theirs.fileno(), settings),
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), lock],  # as long as it lives, a successor of this daemon waits
                 env=_worker_environment(),
                 cwd="/",
                 **who,  # type: ignore[call-overload]
@@ -133,7 +134,8 @@ class _WorkerProcess:
 
 
 def _command(descriptor: int, settings: WorkerSettings) -> list[str]:
-    command = [sys.executable, "-m", "ckptd.daemon.worker", str(descriptor), str(settings.nice)]
+    numbers = [str(number) for number in (descriptor, settings.nice, os.getpid())]
+    command = [sys.executable, "-m", "ckptd.daemon.worker", *numbers]
     return [*command, "--users-code"] if settings.users_code else command
 
 
@@ -145,11 +147,19 @@ def _worker_environment() -> dict[str, str]:
 
 
 class WorkerPool:
-    """The workers of one job: ``settings.count`` processes that take tasks from one queue, oldest first."""
+    """The workers of one job: ``settings.count`` processes that take tasks from one queue, oldest first.
 
-    def __init__(self, settings: WorkerSettings, *, on_restart: Callable[[], None]) -> None:
+    Args:
+        settings: How they are run.
+        lock: Waits until no worker of an earlier daemon is left, and returns the descriptor that ours inherit.
+        on_restart: Called when a dead worker is replaced.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, *, lock: Callable[[], Awaitable[int]], on_restart: Callable[[], None]
+    ) -> None:
         self._settings = settings
-        self._on_restart = on_restart
+        self._lock, self._on_restart = lock, on_restart
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
         self._processes: dict[int, _WorkerProcess] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -217,7 +227,8 @@ class WorkerPool:
         """Keep one worker alive and busy."""
         job: _Job | None = None
         try:
-            await self._worker(number)
+            with contextlib.suppress(TimeoutError, OSError, CkptdError):  # ahead of the first task, which tells of it
+                await self._worker(number)
             while True:
                 job = await self._queue.get()
                 if job.answer.done():
@@ -234,7 +245,9 @@ class WorkerPool:
         """Return the live worker of this place, spawning it if need be."""
         worker = self._processes.get(number)
         if worker is None:
-            worker = _WorkerProcess(self._settings)
+            async with asyncio.timeout(self._settings.silence_s):
+                lock = await self._lock()
+            worker = _WorkerProcess(self._settings, lock)
             await worker.connect()
             self._processes[number] = worker
         return worker
@@ -244,8 +257,16 @@ class WorkerPool:
         for attempt in range(1, self._settings.attempts + 1):
             try:
                 worker = await self._worker(number)
+            except TimeoutError:  # before OSError, of which it is one
+                error = DeadlineExceeded(
+                    "a worker of the daemon before this one does not end", self._settings.silence_s
+                )
+                break
             except OSError as failed:
                 error = SystemCallFailed("spawn", sys.executable, failed.errno or 0)
+                break
+            except CkptdError as failed:
+                error = failed
                 break
             try:
                 reply = await worker.run(job, silence_s=self._settings.silence_s)

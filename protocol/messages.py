@@ -4,7 +4,7 @@ Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSI
 misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
 
 Three conversations:
-    attach socket   Attach, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
+    attach socket   Attach, Resume, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
                     credentials, descriptors)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
@@ -12,29 +12,21 @@ Three conversations:
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
 from ckptd.protocol.errors import BadMessage, ErrorReport
+from ckptd.protocol.retention_messages import Keep, Retain, RetainDone, RetainTask, UserText
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
 
-NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-UserText = Annotated[str, msgspec.Meta(max_length=1 << 16)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-
 # An attach frame holds a few names; anything longer is not one of ours.
 ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages: immutable, named on the wire, strict."""
 
 
 # --- attach socket -----------------------------------------------------------------------------------------------
@@ -51,6 +43,15 @@ class Attach(Message, frozen=True, tag="attach"):
     progress_timeout_s: Seconds = 0  # a save without news for so long fails; 0 is the daemon's own setting
 
 
+class Resume(Message, frozen=True, tag="resume"):
+    """Client to daemon: go on with a session whose connection, or whose daemon, is gone. Answer: Attached."""
+
+    protocol: int
+    token: bytes
+    job: Name
+    incarnation: int
+
+
 class Attached(Message, frozen=True, tag="attached"):
     """Daemon to client: the session is open; ``token`` goes before every message."""
 
@@ -63,6 +64,7 @@ class Attached(Message, frozen=True, tag="attached"):
     version: str
     daemon: str  # another one for each daemon: ranks compare it to see that they reached the same
     user_code: bool = True  # whether users' own planners and writers may run in its workers
+    embedded: bool = False  # a private daemon, which nobody but its clients starts again
 
 
 class OpenArena(Message, frozen=True, tag="open_arena"):
@@ -102,16 +104,6 @@ class Refused(Message, frozen=True, tag="refused"):
 # --- message socket, client to daemon ----------------------------------------------------------------------------
 
 
-class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/retention.py."""
-
-    last: Count | None = None  # the newest ones; None keeps all
-    every_steps: NBytes = 0  # those whose step is a multiple; 0: no such rule
-    best: NBytes = 0  # so many with the best metric
-    metric: str = ""
-    mode: Literal["min", "max"] = "min"
-
-
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The client lives. Answer: Echo."""
 
@@ -122,7 +114,7 @@ class Propose(Message, frozen=True, tag="propose"):
     With ``dry`` set nothing is saved: the plan is made ahead of the first save.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     plan: bytes
@@ -135,7 +127,7 @@ class Sealed(Message, frozen=True, tag="sealed"):
     The same bytes stand in the slot's control area, so that a seal outlives a trainer that dies before sending.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     arena: int
@@ -149,21 +141,20 @@ class Sealed(Message, frozen=True, tag="sealed"):
     overwrite: bool = True
     code_bytes: NBytes = 0  # not 0: a hand-over, whose pickle of so many bytes ends the image's last item
     code_offset: NBytes = 0  # where it begins in the image
+    # Not 0: the image came in waves, of which the slot holds the last: these many bytes, from here on. Nobody has seen
+    # all of it but the client, which tells the hashes: of each item in layout order, and of the frame.
+    wave_bytes: NBytes = 0
+    wave_begin: NBytes = 0
+    hashes: bytes = b""
+    frame_hash: Hash = 0
     user: UserText = ""  # of rank 0: what the user says of the checkpoint, in JSON; stored with it
     keep: Keep | None = None  # of rank 0: what to keep of the folder once this save is committed
-
-
-class Retain(Message, frozen=True, tag="retain"):
-    """Remove from a folder what is not to be kept, now; the daemon does so after a commit without being asked."""
-
-    root: Name
-    keep: Keep
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
     """A rank will not stage its part of this save."""
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     error: ErrorReport
 
@@ -224,6 +215,7 @@ class Assigned(Message, frozen=True, tag="assigned"):
     sequence: int
     digest: Name
     assigned: bytes
+    job_bytes: NBytes = 0  # size of the images of all ranks
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -279,12 +271,14 @@ class Fenced(Message, frozen=True, tag="fenced"):
 class PlanTask(Message, frozen=True, tag="plan_task"):
     """Make one plan of all ranks' proposals and keep it in ``path``.
 
-    ``fixed``: for each rank the positions it has already staged under an earlier plan, or None.
+    ``fixed``: for each rank the positions it has already staged under an earlier plan, or None. ``digests``: by which
+    the ranks know their own plans. Beside ``path`` the worker leaves a :class:`PlanRanks`.
     """
 
     path: Name
     plans: list[bytes]
     fixed: list[bytes | None]
+    digests: list[str]
 
 
 class PlanDone(Message, frozen=True, tag="plan_done"):
@@ -292,6 +286,13 @@ class PlanDone(Message, frozen=True, tag="plan_done"):
 
     assigned: list[bytes]
     image_bytes: list[NBytes]
+
+
+class PlanRanks(msgspec.Struct, frozen=True, array_like=True):
+    """What a plan was made of, in a file beside it: each rank's local plan, and the positions that it writes."""
+
+    plans: list[bytes]
+    assigned: list[bytes]
 
 
 class WriteTask(Message, frozen=True, tag="write_task"):
@@ -368,22 +369,6 @@ class HandOverDone(Message, frozen=True, tag="hand_over_done"):
     metadata: bytes
 
 
-class RetainTask(Message, frozen=True, tag="retain_task"):
-    """Remove from ``root`` what is not to be kept. ``busy``: names of checkpoints that are being saved."""
-
-    root: Name
-    keep: Keep
-    busy: list[str]
-
-
-class RetainDone(Message, frozen=True, tag="retain_done"):
-    """Names that were removed, names that could not be had (read by somebody, or changed), and what went wrong."""
-
-    removed: list[str]
-    held: list[str]
-    errors: list[str]
-
-
 class DiscardTask(Message, frozen=True, tag="discard_task"):
     """Remove the hidden directory of a save that failed."""
 
@@ -400,13 +385,23 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | OpenArena | OpenCache
+AttachRequest = Attach | Resume | OpenArena | OpenCache
 AttachReply = Attached | ArenaOpened | CacheOpened | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
-ClientMessage = Heartbeat | Propose | Sealed | Retain | GaveUp | Detach | CacheMessage
+ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
-Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask | RetainTask
-TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | RetainDone | TaskFailed
+Task = PlanTask | WriteTask | WriteWaveTask | FinishWavesTask | CommitTask | DiscardTask | HandOverTask | RetainTask
+TaskReply = (
+    PlanDone
+    | WriteProgress
+    | WaveWritten
+    | WriteDone
+    | CommitDone
+    | DiscardDone
+    | HandOverDone
+    | RetainDone
+    | TaskFailed
+)
 
 
 class _AttachVersion(msgspec.Struct):
@@ -422,11 +417,13 @@ _attach_reply: msgspec.msgpack.Decoder[AttachReply] = msgspec.msgpack.Decoder(At
 _client_message: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _daemon_message: msgspec.msgpack.Decoder[DaemonMessage] = msgspec.msgpack.Decoder(DaemonMessage)
 _task: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
+_error_report = msgspec.msgpack.Decoder(ErrorReport)
+_plan_ranks = msgspec.msgpack.Decoder(PlanRanks)
 _task_reply: msgspec.msgpack.Decoder[TaskReply] = msgspec.msgpack.Decoder(TaskReply)
 
 
-def encode(message: Message) -> bytes:
-    """Return the wire form of a message."""
+def encode(message: Message | PlanRanks | ErrorReport) -> bytes:
+    """Return the wire form of a message, or of what is kept like one."""
     return _encoder.encode(message)
 
 
@@ -460,6 +457,16 @@ def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
 def decode_daemon_message(frame: bytes | memoryview) -> DaemonMessage:
     """Raises BadMessage."""
     return _decode(_daemon_message, frame)
+
+
+def decode_plan_ranks(data: bytes) -> PlanRanks:
+    """Raises BadMessage."""
+    return _decode(_plan_ranks, data)
+
+
+def decode_error(data: bytes) -> ErrorReport:
+    """Raises BadMessage."""
+    return _decode(_error_report, data)
 
 
 def decode_task(frame: bytes) -> Task:

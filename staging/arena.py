@@ -10,8 +10,10 @@ Invariant: every page is reserved when the arena is made, so that no later acces
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import struct
@@ -31,19 +33,24 @@ _MAGIC: Final = b"ckptd\x00\x00\x01"
 _HEADER: Final = struct.Struct("<8sIIQ")
 _STATE: Final = struct.Struct("<IIQ")  # state, length of the seal, sequence
 _STATES_OFFSET: Final = 64
-_SEAL_LENGTH_LIMIT: Final = 1 << 30
+# The daemon reads as much as a trainer's slot claims to hold: 64 MiB are a seal over 8,000,000 objects.
+_SEAL_LENGTH_LIMIT: Final = 1 << 26
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14, asm-generic/mman-common.h; Python 3.11 has no name for it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SlotState(IntEnum):
-    """Who owns a slot. FREE and STAGING: the client; SEALED and PERSISTING: the daemon."""
+    """Who owns a slot. FREE, STAGING and RETAINED: the client; SEALED and PERSISTING: the daemon.
+
+    RETAINED is free, but still holds a committed image that loads may read.
+    """
 
     FREE = 0
     STAGING = 1
     SEALED = 2
     PERSISTING = 3
+    RETAINED = 4
 
 
 def arena_bytes(slots: int, slot_bytes: int) -> int:
@@ -129,6 +136,67 @@ def write_slot_state(descriptor: int, slot: int, state: SlotState, sequence: int
     os.pwrite(descriptor, _STATE.pack(state, 0, sequence), _STATES_OFFSET + slot * _STATE.size)
 
 
+def hold(descriptor: int) -> int:
+    """Mark an arena as in use by this process, until the returned descriptor is closed or the process is dead.
+
+    The mark is a lock that the kernel drops, whatever kills us. It needs a file description of its own: the one that
+    came from the daemon is shared with it.
+
+    Raises:
+        SystemCallFailed: The arena cannot be opened anew.
+    """
+    path = f"/proc/self/fd/{descriptor}"
+    try:
+        own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fcntl.flock(own, fcntl.LOCK_SH)
+    except OSError as error:
+        raise SystemCallFailed("flock", path, error.errno or 0) from None
+    _holds.add(own)
+    return own
+
+
+def let_go(own: int) -> None:
+    """Take the mark of :func:`hold` back."""
+    if own in _holds:
+        _holds.remove(own)
+        os.close(own)
+
+
+def _let_all_go() -> None:
+    """A forked child, a data loader's worker say, may outlive the trainer: the mark must not."""
+    for own in list(_holds):
+        let_go(own)
+
+
+_holds: set[int] = set()
+os.register_at_fork(after_in_child=_let_all_go)
+
+
+def is_held(descriptor: int) -> bool:
+    """Return whether a process other than the one asking marks the arena as in use; see :func:`hold`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def open_arena(path: str, *, slots: int, slot_bytes: int) -> int | None:
+    """Open an arena that another process has made; return its descriptor, or None if it is no such arena any more."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    head = os.pread(descriptor, _HEADER.size, 0)
+    whole = os.fstat(descriptor).st_size == arena_bytes(slots, slot_bytes)
+    if head != _HEADER.pack(_MAGIC, 1, slots, slot_bytes) or not whole:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def touch(memory: mmap.mmap, *, threads: int) -> None:
     """Bring every page of a mapping into this process, in parallel.
 
@@ -164,6 +232,7 @@ class ArenaView:
     def __init__(self, descriptor: int, *, arena: int, slots: int, slot_bytes: int) -> None:
         self.arena, self.slots, self.slot_bytes = arena, slots, slot_bytes
         self._descriptor = descriptor
+        self._hold = hold(descriptor)
         self.memory = mmap.mmap(descriptor, arena_bytes(slots, slot_bytes))
 
     @property
@@ -191,4 +260,17 @@ class ArenaView:
         """Give the descriptor back; the mapping goes when the last view of it goes."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
+            let_go(self._hold)
             self._descriptor = -1
+
+    def remove_file(self) -> None:
+        """Remove the arena's file, whose daemon is gone for good; where we may not, the next daemon does."""
+        path = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
+                os.unlink(path)
+
+    def state(self, slot: int) -> SlotState:
+        """Return a slot's state, as the daemon may have set it."""
+        at = _STATES_OFFSET + slot * _STATE.size
+        return SlotState(_STATE.unpack(self.memory[at : at + _STATE.size])[0])

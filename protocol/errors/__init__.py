@@ -29,6 +29,7 @@ from ckptd.protocol.errors.lifecycle import (
     DeadlineExceeded,
     RankLost,
     SessionClosed,
+    SessionUnknown,
     ShuttingDown,
     WorkerDied,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "SaveSkipped",
     "SavesFailing",
     "SessionClosed",
+    "SessionUnknown",
     "SeveralFailed",
     "ShmTooSmall",
     "ShuttingDown",

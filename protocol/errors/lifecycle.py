@@ -92,6 +92,17 @@ class ShuttingDown(LifecycleError):
 
 
 @dataclass(eq=False)
+class SessionUnknown(LifecycleError):
+    """A client came back to a daemon that does not know its session: its journal is gone, or the session was lost."""
+
+    code: ClassVar[str] = "session_unknown"
+    job: str
+
+    def __str__(self) -> str:
+        return f"the daemon does not know this session of job {self.job!r} any more; connect again"
+
+
+@dataclass(eq=False)
 class SessionClosed(LifecycleError):
     """The session was closed, or a newer incarnation of the job took over."""
 

@@ -211,7 +211,7 @@ class TestRetention:
         mine.retain()
         settled(tmp_path / "run", "step-2")
 
-    def test_outlives_the_trainer(self, trainers, settled, tmp_path, daemon):
+    def test_outlives_the_trainer(self, daemon, trainers, settled, tmp_path):
         trainer = trainers.start()
         root = str(tmp_path / "run")
         trainer.do(
@@ -224,7 +224,7 @@ class TestRetention:
         trainer.kill()
         settled(tmp_path / "run", "step-2")
 
-    def test_of_two_jobs_in_one_folder_does_no_harm(self, trainers, tmp_path, daemon, client):
+    def test_of_two_jobs_in_one_folder_does_no_harm(self, daemon, trainers, tmp_path, client):
         ranks = [trainers.start() for _ in range(2)]
         for number, trainer in enumerate(ranks):
             trainer.start(

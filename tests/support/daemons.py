@@ -19,7 +19,10 @@ from support.processes import is_daemon, processes_of, wait_gone
 from support.waiting import PATIENCE_S, wait_readable, wait_until
 
 # Faster than the defaults, slower than a busy machine's hiccups; workers at nice 19 would starve beside other tests.
-SETTINGS = {"heartbeat_s": 0.2, "session_timeout_s": 10.0, "progress_timeout_s": 20.0, "worker_nice": 0}
+SETTINGS = {
+    **{"heartbeat_s": 0.2, "session_timeout_s": 10.0, "progress_timeout_s": 20.0},
+    **{"worker_nice": 0, "retain_s": 0.0},
+}
 _STOP_S = 15.0
 
 
@@ -35,6 +38,7 @@ class Runtime:
         self.path = tempfile.mkdtemp(prefix="ck", dir="/tmp")
         self.watched = []
         self.daemon_was_killed = False
+        self.sessions_wait = False  # a daemon was stopped whose clients go on waiting for the next one
         self.shm_dir = "/dev/shm"
 
     @property
@@ -42,6 +46,10 @@ class Runtime:
         """The daemon's directory on tmpfs."""
         where = hashlib.blake2s(self.path.encode(), digest_size=6).hexdigest()
         return Path(self.shm_dir, f"ckptd-{os.geteuid()}-{where}")
+
+    def journals(self):
+        """The directory of the daemons' journals."""
+        return Path(self.path, "state")
 
     @property
     def environment(self):
@@ -80,15 +88,16 @@ class Runtime:
         litter = [] if self.daemon_was_killed else self.litter()
         shutil.rmtree(self.path, ignore_errors=True)
         assert not left, f"processes {left} outlived SIGTERM"
-        assert self.daemon_was_killed or not arenas, f"{self.arenas} was left behind"
+        assert self.daemon_was_killed or self.sessions_wait or not arenas, f"{self.arenas} was left behind"
         assert not litter, f"left behind: {litter}"
 
 
 class Daemon:
     """A running daemon; ``settings`` go into its configuration file."""
 
-    def __init__(self, runtime, *, mode="user", prefix=(), environment=None, **settings):
+    def __init__(self, runtime, *, mode="user", prefix=(), environment=None, at=None, **settings):
         self.runtime = runtime
+        self._at = at or runtime.path
         self._log = Path(runtime.path, "daemon.log").open("ab")  # noqa: SIM115  # closed when the daemon has ended
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "ckptd.daemon", "--mode", mode, "--http", "127.0.0.1:0"],
@@ -118,7 +127,7 @@ class Daemon:
 
     def get(self, path):
         """Return status and body of an HTTP request."""
-        return http_get(Path(self.runtime.path, "http").read_text().strip(), path)
+        return http_get(Path(self._at, "http").read_text().strip(), path)
 
     def status(self):
         """Return the decoded ``/status``."""

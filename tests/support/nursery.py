@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ckptd.client as dcp
+from ckptd.protocol import crash_points
 
 _LENGTH = struct.Struct("<I")
 
@@ -82,7 +83,14 @@ def _serve(connection):
     """Run the pieces that come: ("do" or "get", source, variables)."""
     scope = {
         **{"dcp": dcp, "torch": torch, "dist": dist, "os": os, "signal": signal, "threading": threading},
-        **{"gc": gc, "time": time, "outcome": outcome, "state": state, "forbid_collectives": forbid_collectives},
+        **{
+            "crash_points": crash_points,
+            "gc": gc,
+            "time": time,
+            "outcome": outcome,
+            "state": state,
+            "forbid_collectives": forbid_collectives,
+        },
         **{"init_device_mesh": init_device_mesh, "distribute_tensor": distribute_tensor},
         **{"Shard": Shard, "Replicate": Replicate},
     }
@@ -106,6 +114,7 @@ def _be_a_trainer(connection, request):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["environment"])
+    crash_points.arm()
     for name in request["without"]:
         os.environ.pop(name, None)
     if request["uid"]:

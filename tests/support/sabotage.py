@@ -39,6 +39,7 @@ if "ckptd.daemon.worker" in sys.orig_argv:
         "after_publish": (commit, "publish", False),
         "before_removal": (removal, "_remove_files", True),
         "before_write": (write, "write_image", True),
+        "before_sync": (commit, "sync_directory", True),
     }}["{moment}"]
     around(module, name, before=before)
 """
@@ -49,7 +50,7 @@ def sabotage(directory, moment, *, times):
 
     Args:
         directory: Where the module and the marks of the dead are kept.
-        moment: before_write, before_publish, after_exchange (of an overwriting save), after_publish or
+        moment: before_write, before_sync, before_publish, after_exchange (of an overwriting save), after_publish or
             before_removal (of the files of a checkpoint whose name is gone).
         times: After so many deaths all is well.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import inspect
 
 import pytest
@@ -15,6 +17,8 @@ from ckptd.checkpoint.storage.filesystem import FileSystemReader as OurReader
 from ckptd.client import loader
 from ckptd.client.loader import load, load_state_dict
 from ckptd.protocol.errors import Mismatch, MissingKeys, UnknownCheckpoint, Unsupported, WrongBits
+
+load_module = importlib.import_module("ckptd.client.load")  # the package calls its function so
 
 
 @pytest.fixture
@@ -160,3 +164,12 @@ def test_the_deprecated_name_warns_and_loads(checkpoint):
     with pytest.warns(FutureWarning, match="Please use `load` instead"):
         assert load_state_dict(state, FileSystemReader(checkpoint)) is None
     assert state["epoch"] == 7
+
+
+def test_the_collector_rests_while_readers_work(checkpoint, monkeypatch):
+    resting = []
+    real = load_module.read_all
+    monkeypatch.setattr(load_module, "read_all", lambda *a, **k: (resting.append(not gc.isenabled()), real(*a, **k))[1])
+    load({}, checkpoint_id=checkpoint)
+    assert resting == [True]
+    assert gc.isenabled()
