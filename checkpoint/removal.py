@@ -19,7 +19,7 @@ from ckptd.checkpoint.reading import lock_for_removal
 from ckptd.checkpoint.retention import choose_removals
 from ckptd.checkpoint.system import named, sync_directory
 from ckptd.protocol.errors import CkptdError
-from ckptd.protocol.messages import RetainDone, RetainTask
+from ckptd.protocol.retention_messages import RetainDone, RetainTask
 
 
 def retain(task: RetainTask) -> RetainDone:

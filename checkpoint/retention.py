@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ckptd.checkpoint.catalog import CatalogEntry
-from ckptd.protocol.messages import Keep
+from ckptd.protocol.retention_messages import Keep
 
 
 def choose_removals(entries: Sequence[CatalogEntry], keep: Keep, *, busy: Iterable[str] = ()) -> list[CatalogEntry]:

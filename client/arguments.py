@@ -20,7 +20,8 @@ from ckptd.checkpoint.storage.select import as_ours, local_path, writer_for
 from ckptd.client.handover import HANDED_OVER, HandOver, metadata_told
 from ckptd.client.options import SaveRequest
 from ckptd.protocol.errors import BadIndex, Unsupported
-from ckptd.protocol.messages import Committed, Keep
+from ckptd.protocol.messages import Committed
+from ckptd.protocol.retention_messages import Keep
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

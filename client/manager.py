@@ -36,7 +36,7 @@ from ckptd.client.preemption import preemption
 from ckptd.client.sessions import live_session, policy_for, session_for
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.errors import BadIndex, UnknownCheckpoint, Unsupported
-from ckptd.protocol.messages import Retain
+from ckptd.protocol.retention_messages import Retain
 
 logger = logging.getLogger(__name__)
 

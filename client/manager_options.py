@@ -10,7 +10,7 @@ from ckptd.checkpoint.catalog import CatalogEntry
 from ckptd.client.load_report import LoadReport
 from ckptd.protocol.errors import Unsupported
 from ckptd.protocol.failing import OnFailure
-from ckptd.protocol.messages import Keep
+from ckptd.protocol.retention_messages import Keep
 
 
 @dataclass(frozen=True, kw_only=True)

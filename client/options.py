@@ -10,7 +10,8 @@ from ckptd.client.handover import HandOver
 from ckptd.client.slots import OnBusy
 from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
-from ckptd.protocol.messages import Committed, Keep
+from ckptd.protocol.messages import Committed
+from ckptd.protocol.retention_messages import Keep
 from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS
 
 if TYPE_CHECKING:

@@ -42,10 +42,10 @@ def connect(
     connect_timeout_s: float = 60.0,
     busy_timeout_s: float = 600.0,
     progress_timeout_s: float = 300.0,
-    reconnect_timeout_s: float = 60.0,
     on_failure: OnFailure = "continue",
     max_consecutive_failures: int | None = None,
     pause_timeout_s: float = 600.0,
+    reconnect_timeout_s: float = 60.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
 
@@ -66,13 +66,13 @@ def connect(
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
-        reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
-            what is under way; without one, the saves under way fail.
         on_failure: What the next save call does about a save that failed: "continue" (it is logged, counted and told
             to whoever listens), "raise" it, or "pause": save again and again, until that works or
             ``pause_timeout_s`` have passed. The tensors of a pausing call are those that it was given.
         max_consecutive_failures: After so many failures in a row the next save call raises SavesFailing.
         pause_timeout_s: See ``on_failure``, in seconds.
+        reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
+            what is under way; without one, the saves under way fail.
 
     Raises:
         DaemonUnavailable: There is no daemon and none could be started.

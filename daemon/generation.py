@@ -12,7 +12,8 @@ from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
 from ckptd.daemon.timeline import Timeline
 from ckptd.protocol.errors import SystemCallFailed
-from ckptd.protocol.messages import Keep, PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
+from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
+from ckptd.protocol.retention_messages import Keep
 from ckptd.protocol.save import SaveRules, State
 from ckptd.protocol.waves import Wave, WaveRing
 

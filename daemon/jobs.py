@@ -227,7 +227,12 @@ class Job:
     @property
     def idle(self) -> bool:
         """Whether nobody is connected and nothing is in flight."""
-        return not self.sessions and not self.saves.generations and not self.retention.busy
+        return not self.sessions and not self.saves.generations
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is idle and removes nothing either, so that its workers may end without being waited for."""
+        return self.idle and not self.retention.busy
 
     @property
     def in_use(self) -> bool:
@@ -237,7 +242,7 @@ class Job:
     @property
     def empty(self) -> bool:
         """Whether it is idle and holds no memory."""
-        return self.idle and not self._retired
+        return self.resting and not self._retired
 
     def check_deadlines(self) -> None:
         """Fail generations without news, and lose sessions that fell silent."""
@@ -264,6 +269,7 @@ class Job:
         for pool in pools:
             if pool is not None:
                 await pool.close()
+        await self.retention.close()
 
     async def close(self) -> None:
         """End the workers and remove the job's files: nothing of the job is left but its name."""
@@ -277,7 +283,6 @@ class Job:
         files, self.files = self.files, self._new_files()
         self.log.forget()
         await self.rest()
-        await self.retention.close()
         files.remove()
 
     async def leave_to_successor(self) -> None:

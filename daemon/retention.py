@@ -14,7 +14,8 @@ from typing import Final, Protocol, cast
 
 from ckptd.daemon.metrics import Metrics
 from ckptd.protocol.errors import CkptdError
-from ckptd.protocol.messages import Keep, RetainDone, RetainTask, Task, TaskReply
+from ckptd.protocol.messages import Task, TaskReply
+from ckptd.protocol.retention_messages import Keep, RetainDone, RetainTask
 
 logger = logging.getLogger(__name__)
 

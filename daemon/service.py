@@ -54,10 +54,10 @@ from ckptd.protocol.messages import (
     OpenArena,
     Propose,
     Resume,
-    Retain,
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
+from ckptd.protocol.retention_messages import Retain
 from ckptd.protocol.wave_messages import WaveSealed
 from ckptd.staging.arena import arena_bytes, create_arena, discard_pages
 
@@ -259,7 +259,7 @@ class Daemon:
             for job in self._all_jobs():
                 await self._look_after(job)
             self._forget_old_jobs()
-            if not all(job.idle for job in self._all_jobs()):
+            if not all(job.resting for job in self._all_jobs()):
                 idle_since_s = time.monotonic()
             elif self._place.mode == "embedded" and time.monotonic() - idle_since_s > self._config.idle_exit_s:
                 logger.info("idle for %.0f s: an embedded daemon ends", self._config.idle_exit_s)
@@ -273,7 +273,7 @@ class Daemon:
         job.expire()
         if job.empty and job.in_use:
             await job.close()
-        elif job.idle and job.pool is not None:
+        elif job.resting and job.pool is not None:
             await job.rest()
 
     def _forget_old_jobs(self) -> None:

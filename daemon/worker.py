@@ -45,7 +45,6 @@ from ckptd.protocol.messages import (
     PlanDone,
     PlanRanks,
     PlanTask,
-    RetainTask,
     Task,
     TaskFailed,
     TaskReply,
@@ -53,6 +52,7 @@ from ckptd.protocol.messages import (
     WriteProgress,
     WriteTask,
 )
+from ckptd.protocol.retention_messages import RetainTask
 from ckptd.protocol.wave_messages import FinishWavesTask, WaveWritten, WriteWaveTask
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ Three conversations:
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
@@ -28,8 +28,9 @@ from ckptd.protocol.cache_messages import (
     OpenCache,
 )
 from ckptd.protocol.errors import BadMessage, ErrorReport
+from ckptd.protocol.retention_messages import Keep, Retain, RetainDone, RetainTask, UserText
 from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
-from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence, UserText
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
 
 PROTOCOL_VERSION: Final = 2
 
@@ -120,16 +121,6 @@ class Refused(Message, frozen=True, tag="refused"):
 # --- message socket, client to daemon ----------------------------------------------------------------------------
 
 
-class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/retention.py."""
-
-    last: Count | None = None  # the newest ones; None keeps all
-    every_steps: NBytes = 0  # those whose step is a multiple; 0: no such rule
-    best: NBytes = 0  # so many with the best metric
-    metric: str = ""
-    mode: Literal["min", "max"] = "min"
-
-
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The client lives. Answer: Echo."""
 
@@ -175,13 +166,6 @@ class Sealed(Message, frozen=True, tag="sealed"):
     frame_hash: Hash = 0
     user: UserText = ""  # of rank 0: what the user says of the checkpoint, in JSON; stored with it
     keep: Keep | None = None  # of rank 0: what to keep of the folder once this save is committed
-
-
-class Retain(Message, frozen=True, tag="retain"):
-    """Remove from a folder what is not to be kept, now; the daemon does so after a commit without being asked."""
-
-    root: Name
-    keep: Keep
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
@@ -351,22 +335,6 @@ class HandOverDone(Message, frozen=True, tag="hand_over_done"):
     """The writer has finished the checkpoint. ``metadata``: the pickled Metadata."""
 
     metadata: bytes
-
-
-class RetainTask(Message, frozen=True, tag="retain_task"):
-    """Remove from ``root`` what is not to be kept. ``busy``: names of checkpoints that are being saved."""
-
-    root: Name
-    keep: Keep
-    busy: list[str]
-
-
-class RetainDone(Message, frozen=True, tag="retain_done"):
-    """Names that were removed, names that could not be had (read by somebody, or changed), and what went wrong."""
-
-    removed: list[str]
-    held: list[str]
-    errors: list[str]
 
 
 class DiscardTask(Message, frozen=True, tag="discard_task"):

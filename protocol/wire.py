@@ -12,7 +12,6 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
 Sequence = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # numbers the saves of a session
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-UserText = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 

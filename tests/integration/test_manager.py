@@ -211,7 +211,7 @@ class TestRetention:
         mine.retain()
         settled(tmp_path / "run", "step-2")
 
-    def test_outlives_the_trainer(self, trainers, settled, tmp_path, daemon):
+    def test_outlives_the_trainer(self, daemon, trainers, settled, tmp_path):
         trainer = trainers.start()
         root = str(tmp_path / "run")
         trainer.do(

@@ -13,7 +13,7 @@ from support.managed import write_managed
 from ckptd.checkpoint.pins import pin
 from ckptd.checkpoint.reading import reading
 from ckptd.checkpoint.removal import retain
-from ckptd.protocol.messages import Keep, RetainTask
+from ckptd.protocol.retention_messages import Keep, RetainTask
 
 # A step, and what protects it.
 STEPS = st.dictionaries(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.managed import entry
 
 from ckptd.checkpoint.retention import best_first, choose_removals
-from ckptd.protocol.messages import Keep
+from ckptd.protocol.retention_messages import Keep
 
 often = settings(max_examples=300, deadline=None)
 METRICS = st.none() | st.sampled_from([0.0, 1.0, 2.0, -1.0, math.inf, math.nan])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ckptd.protocol import messages as m
+from ckptd.protocol import retention_messages as r
 from ckptd.protocol import wave_messages as w
 from ckptd.protocol.errors import DiskFull
 
-KEEP = m.Keep(3, 100, 2, "loss", "max")
+KEEP = r.Keep(3, 100, 2, "loss", "max")
 ERROR = DiskFull("/runs", 10, 3).report()
 
 SAMPLES = {
@@ -32,10 +33,10 @@ SAMPLES = {
         m.Sealed(
             *(1, "/runs/7", "digest", 1, 0, 8192, 12288, b"", 0.1, 0.2, 0.3),
             **{"wave_bytes": 4096, "wave_begin": 8192, "hashes": b"h" * 8, "frame_hash": 2**64 - 1},
-            **{"user": "{}", "keep": KEEP},
         ),
         w.WaveSealed(1, "/runs/7", "digest", 1, 0, 8192, 12288, 4096, 4096),
-        m.Retain("/runs", KEEP),
+        m.Sealed(1, "/runs/7", "digest", 1, 0, 8192, 4096, b"", 0.1, 0.2, 0.3, user="{}", keep=KEEP),
+        r.Retain("/runs", KEEP),
         m.GaveUp(1, "/runs/7", ERROR),
         m.CacheWants("file", b"\0" * 16),
         m.CacheBegun(),
@@ -62,7 +63,7 @@ SAMPLES = {
         w.FinishWavesTask("/plan", 1, b"", "/dir", "__1_0.distcp", 12288, b"h" * 8, 2**64 - 1, 0.5, True),
         m.CommitTask("/plan", "/dir", "/runs/7", "save", [b"h"], [7], [b"o"], True, {"job": "job"}),
         m.DiscardTask("/dir"),
-        m.RetainTask("/runs", KEEP, ["step-7"]),
+        r.RetainTask("/runs", KEEP, ["step-7"]),
         m.HandOverTask([m.StagedHandOver("/arena", 4096, 8192, 4096, 7)]),
     ],
     m.decode_task_reply: [
@@ -72,7 +73,7 @@ SAMPLES = {
         m.WriteDone(4096, b"\0" * 8, 2**64 - 1, 0.5, 0.25, True),
         m.CommitDone(4096),
         m.DiscardDone(),
-        m.RetainDone(["step-1"], ["step-2"], ["unlink: no"]),
+        r.RetainDone(["step-1"], ["step-2"], ["unlink: no"]),
         m.HandOverDone(b"metadata"),
         m.TaskFailed(ERROR),
     ],

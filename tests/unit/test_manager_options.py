@@ -10,7 +10,7 @@ from support.managed import entry
 from ckptd.client import CheckpointManager, ManagerOptions
 from ckptd.client.manager_options import info_of
 from ckptd.protocol.errors import Unsupported
-from ckptd.protocol.messages import Keep
+from ckptd.protocol.retention_messages import Keep
 
 
 @pytest.mark.parametrize(

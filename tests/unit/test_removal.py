@@ -15,7 +15,7 @@ from ckptd.checkpoint.pins import is_pinned, pin, unpin
 from ckptd.checkpoint.reading import lock_for_removal, reading
 from ckptd.checkpoint.removal import retain
 from ckptd.protocol.errors import SystemCallFailed, UnknownCheckpoint
-from ckptd.protocol.messages import Keep, RetainTask
+from ckptd.protocol.retention_messages import Keep, RetainTask
 
 
 def run(root, last=1, busy=()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from support.managed import entry
 
 from ckptd.checkpoint.retention import choose_removals
-from ckptd.protocol.messages import Keep
+from ckptd.protocol.retention_messages import Keep
 
 
 def gone(entries, busy=(), **keep):

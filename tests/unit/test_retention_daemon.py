@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +16,7 @@ from ckptd.daemon.journal import Journal
 from ckptd.daemon.metrics import Live, Metrics
 from ckptd.daemon.retention import Retention
 from ckptd.protocol.errors import WorkerDied
-from ckptd.protocol.messages import Keep, RetainDone
+from ckptd.protocol.retention_messages import Keep, RetainDone
 
 
 class Pool:
@@ -112,21 +113,25 @@ def test_a_failure_is_told_and_the_next_one_is_tried(answer, caplog):
     asyncio.run(run())
 
 
-def test_a_job_that_removes_something_is_not_idle(tmp_path):
+def test_a_job_that_removes_something_does_not_rest(tmp_path):
     async def run():
         metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
-        journal = Journal(str(tmp_path))
+        with closing(Journal(str(tmp_path))) as journal:
+            await watch(metrics, journal)
+
+    async def watch(metrics, journal):
         context = JobContext(Config(), metrics, print, str(tmp_path), journal)
         job = daemon_job.Job("job", daemon_job.Owner(0, 0, None), context=context, log=JobLog(journal, 1))
         pool = Pool()
         job._new_pool = lambda count: pool
-        assert job.idle
+        assert job.resting
         job.retention.request("/runs", Keep(1))
         await settle()
-        assert not job.idle
+        assert not job.resting
+        assert job.idle
         pool.answers.put_nowait(RetainDone([], [], []))
         await settle()
-        assert job.idle
+        assert job.resting
         await job.close()
         assert pool.closed
 
