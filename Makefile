@@ -3,12 +3,15 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-# What some tests drive: strace, file systems on loop devices, a systemd in namespaces. They skip where it is lacking.
-PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs systemd-analyze nsenter setpriv useradd pgrep
-PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs systemd util-linux passwd procps
+# What some tests drive: strace, file systems on loop devices, a systemd in namespaces, Prometheus and a browser.
+# They skip, with the reason, where it is lacking.
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs prometheus promtool chromium \
+            systemd-analyze nsenter setpriv useradd pgrep
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs prometheus chromium fonts-dejavu-core \
+            systemd util-linux passwd procps
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
-.PHONY: demo test system-packages faults fuzz check bench soak cross-version format clean
+.PHONY: demo test system-packages faults fuzz check bench soak cross-version dashboards page-picture format clean
 .DELETE_ON_ERROR:
 
 # torch first, and named again beside the rest: a plain `torch` requirement would fetch gigabytes of CUDA packages.
@@ -44,7 +47,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --package ckptd
-	$(BIN)/mypy benchmarks examples
+	$(BIN)/mypy benchmarks examples dashboards
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -57,6 +60,14 @@ soak: .venv/installed
 CROSS ?= 2.13.0 2.14.1
 cross-version: .venv/installed
 	$(BIN)/python tests/cross_version/run.py $(CROSS)
+
+# Grafana's dashboards and Prometheus's rules, from the lists in dashboards/.
+dashboards: .venv/installed
+	$(BIN)/python -m dashboards
+
+# docs/page.png: the live page of a daemon that saves, by day on a desk and by night on a phone.
+page-picture: .venv/installed
+	CKPTD_PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest tests/integration/test_page.py -k picture
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ import sys
 import uvloop
 
 from ckptd.daemon.config import Config, default_config_path, load_config
+from ckptd.daemon.connections import raise_descriptor_limit
 from ckptd.daemon.managed import log_formatter
 from ckptd.daemon.service import Daemon, Mode, Place
 from ckptd.protocol.errors import CkptdError
@@ -44,6 +45,7 @@ def main() -> int:
     try:
         mode = _mode(arguments.mode)
         config = load_config(default_config_path(mode))
+        raise_descriptor_limit()
         place = Place(runtime_dir(), arguments.http or config.http, mode)
         uvloop.run(_serve(config, place))
     except CkptdError as error:

@@ -32,6 +32,8 @@ Directory = Annotated[str, msgspec.Meta(pattern="^/")]
 CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
+File = Annotated[str, msgspec.Meta(pattern="^(/|$)")]
+ConnectionCount = Annotated[int, msgspec.Meta(ge=16, le=65_536)]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
 
@@ -42,7 +44,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What can be set in the configuration file; every key may be left out."""
 
     http: str = "127.0.0.1:9437"
-    """HOST:PORT of the HTTP endpoint; port 0 takes any free one."""
+    """HOST:PORT of the HTTP endpoint; port 0 takes any free one. One that other machines can reach needs a token."""
+
+    http_token_file: File = ""
+    """Absolute path of a file that holds the token which HTTP requests must show; CKPTD_HTTP_TOKEN goes before it."""
+
+    http_hosts: tuple[str, ...] = ()
+    """Names, without ports, under which proxies and scrapers ask for this endpoint besides its address; requests with
+    another Host are refused."""
+
+    http_connections: ConnectionCount = 1024
+    """HTTP connections that may be open, 16 to 65536; beyond that the one that has been idle longest is cut."""
 
     workers_per_job: Threads = 2
     """Worker processes of each job, 1 to 64."""

@@ -10,9 +10,10 @@ from typing import Final
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
+from ckptd.daemon.timeline import Timeline
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.protocol.messages import Keep, PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
-from ckptd.protocol.save import SaveRules
+from ckptd.protocol.save import SaveRules, State
 from ckptd.protocol.waves import Wave, WaveRing
 
 RANKS_SUFFIX: Final = ".ranks"
@@ -94,6 +95,7 @@ class Generation:
     begun_unix_s: float = field(default_factory=time.time)
     news_at_s: float = field(default_factory=time.monotonic)
     ended_at_s: float | None = None
+    timeline: Timeline = field(default_factory=Timeline)
     work: set[asyncio.Task[None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -148,6 +150,7 @@ class Generation:
 
     def status(self) -> dict[str, object]:
         """Return what `/status` tells."""
+        slowest = self.timeline.slowest()
         return {
             "sequence": self.sequence,
             "save_id": self.save_id,
@@ -158,5 +161,13 @@ class Generation:
             "started_unix_s": self.begun_unix_s,
             "seconds": self.seconds,
             "ranks_sealed": len(self.rules.sealed),
+            "ranks_written": len(self.rules.written),
+            "world_size": self.rules.world_size,
+            "incarnation": self.incarnation,
+            "phases": self.timeline.status(),
+            "bytes_per_s": self.timeline.rate(sum(self.bytes_done.values()), running=self.ended_at_s is None),
+            "slowest_rank": None if slowest is None else {"rank": slowest[0], "lag_s": slowest[1]},
+            "waiting_for": self.waiting_for() if self.rules.state is State.COLLECTING else None,
             "error": None if self.rules.error is None else str(self.rules.error),
+            "error_code": None if self.rules.error is None else self.rules.error.code,
         }

@@ -156,8 +156,9 @@ class Job:
             identity=self.owner.identity,
             users_code=users_code,
         )
-        lock, on_restart = self.files.lock_out_older_workers, self._context.metrics.worker_restarted
-        pool = WorkerPool(settings, lock=lock, on_restart=on_restart)
+        lock, metrics = self.files.lock_out_older_workers, self._context.metrics
+        on_restart, on_retry = metrics.worker_restarted, metrics.work_retried
+        pool = WorkerPool(settings, lock=lock, on_restart=on_restart, on_retry=on_retry)
         pool.start()
         return pool
 
@@ -295,6 +296,7 @@ class Job:
             "uid": self.owner.uid,
             "world_size": self.roster.world_size,
             "workers": self.worker_pids,
+            "interval_s": self.saves.watch.rhythm.interval_s,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
             "retention": self.retention.status(),

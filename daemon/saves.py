@@ -23,6 +23,7 @@ from ckptd.daemon.retries import Retrying
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.daemon.tasks import commit_task, hand_over_task, plan_of, plan_task, write_task
+from ckptd.daemon.watch import SaveWatch
 from ckptd.daemon.waves import SaveHooks, Waves
 from ckptd.protocol import save as rules
 from ckptd.protocol.crash_points import CrashPoint, reach
@@ -31,7 +32,6 @@ from ckptd.protocol.errors import (
     CkptdError,
     DeadlineExceeded,
     RankLost,
-    SaveSkipped,
     ShuttingDown,
     UnexpectedError,
     from_report,
@@ -70,7 +70,8 @@ class Saves:
 
     def __init__(self, crew: Crew, context: JobContext) -> None:
         self._crew = crew
-        self._config, self._metrics, self._send = context.config, context.metrics, context.send
+        self._config, self._send = context.config, context.send
+        self.watch = SaveWatch(context.metrics)
         self.generations: dict[tuple[int, int], Generation] = {}
         self.outcomes = Outcomes(crew.log)
         self.plans = Plans(crew.log, lambda: [plan for g in self.generations.values() for plan in g.plans])
@@ -188,10 +189,7 @@ class Saves:
         generation.seals[session.rank] = seal = Seal(message, arena)
         self._crew.log.sealed(generation, session.rank, seal)
         reach(CrashPoint.DAEMON_SEAL_JOURNALED)
-        self._metrics.observe_phase("stage", message.stage_s)
-        self._metrics.observe_phase("plan", message.plan_s)
-        self._metrics.observe_stall(message.stall_s)
-        self._metrics.staged(message.image_bytes)
+        self.watch.sealed(generation, session.rank, message)
         self._apply(generation, _sealed_event(session.rank, message))
 
     def on_gave_up(self, session: Session, message: GaveUp) -> None:
@@ -330,11 +328,11 @@ class Saves:
 
     async def _make_durable(self, generation: Generation, rank: int, task: WriteTask | FinishWavesTask) -> None:
         try:
-            pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self._metrics.write_retried)
+            pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self.watch.write_begun_anew)
             reply = await pool.run(
                 task,
                 on_progress=lambda done: self._progress(generation, rank, done),
-                on_start=lambda waited: self._metrics.observe_phase("queue", waited),
+                on_start=lambda waited: self.watch.writing_began(generation, waited),
             )
         except CkptdError as error:
             self._fail_rank(generation, rank, error)
@@ -344,9 +342,7 @@ class Saves:
         generation.written[rank] = done
         self._crew.log.written(generation, rank)
         reach(CrashPoint.DAEMON_WRITTEN_JOURNALED)
-        self._metrics.observe_phase("write", done.write_s)
-        self._metrics.observe_phase("fsync", done.fsync_s)
-        self._metrics.written(done.bytes_written)
+        self.watch.written(generation, done)
         self._progress(generation, rank, done.bytes_written)
         self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
 
@@ -355,6 +351,7 @@ class Saves:
 
     def _progress(self, generation: Generation, rank: int, bytes_done: int) -> None:
         generation.bytes_done[rank] = bytes_done
+        generation.timeline.writing_began()
         generation.note_news()
         news = Progress(generation.sequence, sum(generation.bytes_done.values()), generation.bytes_total)
         self._tell(generation, news)
@@ -371,9 +368,8 @@ class Saves:
         )
         generation.metadata = done.metadata
         reach(CrashPoint.DAEMON_PUBLISHED)
-        self._metrics.observe_phase("write", time.monotonic() - begun)
-        self._metrics.written(generation.bytes_total)
-        self._metrics.committed(generation.bytes_total, generation.seconds, now=time.time())
+        self.watch.handed_over(generation, time.monotonic() - begun)
+        self.watch.committed(generation, generation.bytes_total)
         self._apply(generation, rules.Published())
 
     async def _older_ones_end(self, generation: Generation) -> None:
@@ -388,9 +384,9 @@ class Saves:
         reach(CrashPoint.DAEMON_COMMITTING)
         done = cast(CommitDone, await self._pool().run(commit_task(generation, self._crew.name)))
         reach(CrashPoint.DAEMON_PUBLISHED)
-        self._metrics.observe_phase("commit", time.monotonic() - begun)
+        self.watch.took(generation, "commit", time.monotonic() - begun)
         self.plans.note_commit(plan_of(generation))
-        self._metrics.committed(done.bytes_total, generation.seconds, now=time.time())
+        self.watch.committed(generation, done.bytes_total)
         self._apply(generation, rules.Published())
 
     def _announce_commit(self, generation: Generation) -> None:
@@ -412,10 +408,7 @@ class Saves:
             "failed %s (job %s, save %d): %s",
             generation.rules.checkpoint_id, self._crew.name, generation.sequence, action.error,
         )  # fmt: skip
-        if isinstance(action.error, SaveSkipped):
-            self._metrics.skipped()
-        else:
-            self._metrics.failed(action.error)
+        self.watch.failed(action.error)
         replan = True
         if generation.incarnation == self._crew.roster.incarnation:
             replan = self.plans.doubt(always=action.replan)

@@ -11,7 +11,6 @@ import secrets
 import signal
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
@@ -24,16 +23,19 @@ from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.crew import JobContext
 from ckptd.daemon.directories import Directories
-from ckptd.daemon.http import HttpServer, start_http
+from ckptd.daemon.gate import load_access
+from ckptd.daemon.http import HttpServer, Limits, start_http
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
+from ckptd.daemon.live import Observer, room_status
 from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.notify import is_listened_on
 from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
+from ckptd.daemon.volumes import VolumeWatch
 from ckptd.protocol import errors
 from ckptd.protocol.cache_messages import (
     CacheOpened,
@@ -55,17 +57,15 @@ from ckptd.protocol.messages import (
     Retain,
     Sealed,
 )
-from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
+from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
 from ckptd.protocol.wave_messages import WaveSealed
-from ckptd.staging.arena import SlotState, arena_bytes, create_arena, discard_pages
+from ckptd.staging.arena import arena_bytes, create_arena, discard_pages
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["embedded", "user", "system"]
 
 _TICK_S: Final = 1.0  # at most: more often where signs of life are asked for more often
-# A slot that keeps a committed image is free for whoever wants to stage.
-_SLOT_NAMES: Final = {state: state.name.lower() for state in SlotState} | {SlotState.RETAINED: "free"}
 _JOBS_REMEMBERED: Final = 64
 _REASONS: Final[dict[type[errors.CkptdError], Reason]] = {
     errors.BadMessage: "garbage",
@@ -90,6 +90,9 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._volumes = VolumeWatch(config.shm_dir)
+        self._observer = Observer(self._volumes)
+        self._http: HttpServer | None = None
         self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
@@ -128,8 +131,9 @@ class Daemon:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
                 os.chmod(message_endpoint(self._place.runtime).removeprefix("ipc://"), 0o666)
-            http = await start_http(self._place.http, self, self.metrics)
+            self._http = http = await self._start_http()
             self._http_address = http.address
+            self._volumes.start()
             self._adopt()
             _write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
@@ -165,6 +169,14 @@ class Daemon:
                 os.rmdir(self._directories.root)
             self._directories.release()
             raise
+
+    async def _start_http(self) -> HttpServer:
+        access, limits = load_access(self._config), Limits(self._config.http_connections)
+        server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
+        if access.token is not None:
+            # For `ckptd status`, which is ours if it can read this.
+            _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
+        return server
 
     def _context(self) -> JobContext:
         return JobContext(
@@ -227,7 +239,8 @@ class Daemon:
             self._router.close()
         runtime = self._place.runtime
         messages_socket = message_endpoint(runtime).removeprefix("ipc://")
-        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime)):
+        self._volumes.close()
+        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime), http_token_file(runtime)):
             if os.path.lexists(path) and not (path == attach_socket(runtime) and self._manager.owns_listener):
                 os.unlink(path)
         self._journal.close(emptied=not left)
@@ -443,25 +456,15 @@ class Daemon:
             "takes_saves": not self._stopping,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
+            "now_unix_s": now,
+            "last_commit_unix_s": self.metrics.last_commit_s,
+            "volumes": room_status(self._observer.rooms(self._all_jobs())),
             "workers": [pid for job in self._all_jobs() for pid in job.worker_pids],
             "jobs": jobs,
         }
 
     def _live(self) -> Live:
-        slots = Counter({"free": 0, "staging": 0, "sealed": 0, "persisting": 0})
-        arena_bytes = 0
-        for session in self._sessions.values():
-            for arena in session.arenas.values():
-                slots.update(_SLOT_NAMES[state] for state, _ in arena.states())
-                arena_bytes += arena.slots * arena.slot_bytes
-        pools = [job.pool for job in self._all_jobs() if job.pool is not None]
-        return Live(
-            slots=dict(slots),
-            queue_depth=sum(pool.depth for pool in pools),
-            sessions=len(self._sessions),
-            workers=sum(len(pool.pids) for pool in pools),
-            arena_bytes=arena_bytes,
-        )
+        return self._observer.observe(self._all_jobs(), self._sessions.values(), self._http)
 
 
 def _listen(path: str, *, everyone: bool) -> socket.socket:
@@ -481,8 +484,9 @@ def _listen(path: str, *, everyone: bool) -> socket.socket:
     return listener
 
 
-def _write_text(path: str, text: str) -> None:
+def _write_text(path: str, text: str, *, mode: int = 0o666) -> None:
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)

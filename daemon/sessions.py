@@ -45,7 +45,9 @@ class Peer:
         except OSError:
             return False  # in a pid namespace that is not ours: nobody can tell
         try:
-            return bool(select.select([descriptor], [], [], 0)[0])
+            ended = select.poll()  # select(2) takes no descriptor above 1023
+            ended.register(descriptor, select.POLLIN)
+            return bool(ended.poll(0))
         finally:
             os.close(descriptor)
 

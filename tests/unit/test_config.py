@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from ckptd.daemon.config import Config, default_config_path, load_config, parse_address
@@ -25,7 +27,7 @@ def test_no_file_named_means_defaults(monkeypatch, value):
 
 def test_defaults_are_within_their_own_bounds(write):
     values = {name: getattr(Config(), name) for name in Config.__struct_fields__}
-    write("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    write("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
     assert load_config() == Config()
 
 
@@ -62,6 +64,9 @@ def test_what_the_file_sets_is_taken(write):
         ('http = "nowhere"', "http"),
         ("http = 9437", "http"),
         ("workers = 2", "workers"),
+        ('http_token_file = "token"', "http_token_file"),
+        ("http_connections = 15", "http_connections"),
+        ('http_hosts = "node7"', "http_hosts"),
         ("[http]\nport = 1", "http"),
     ],
 )

@@ -28,7 +28,7 @@ def test_the_sample_shows_every_setting_with_meaning_and_default():
     lines = sample_config().splitlines()
     shown = tomllib.loads("\n".join(line[1:] for line in lines if line[:1] == "#" and line[1:2].isalpha()))
     defaults = Config()
-    assert shown == {name: getattr(defaults, name) for name in Config.__struct_fields__}
+    assert set(shown) == set(Config.__struct_fields__)
     assert _checked("sample", shown) == defaults
     assert tomllib.loads(sample_config()) == {}, "as it comes, the sample sets nothing"
 
