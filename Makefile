@@ -5,10 +5,10 @@ BIN    := .venv/bin
 
 # What some tests drive: strace, file systems on loop devices, a systemd in namespaces, Prometheus and a browser.
 # They skip, with the reason, where it is lacking.
-PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs prometheus promtool chromium \
-            systemd-analyze nsenter setpriv useradd pgrep
-PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs prometheus chromium fonts-dejavu-core \
-            systemd util-linux passwd procps
+PROGRAMS := strace mkfs.xfs mkfs.btrfs mkfs.ext4 chattr fuse2fs systemd-analyze nsenter setpriv useradd pgrep \
+            prometheus promtool chromium
+PACKAGES := strace xfsprogs btrfs-progs e2fsprogs fuse2fs systemd util-linux passwd procps \
+            prometheus chromium fonts-dejavu-core
 SUDO     := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 .PHONY: demo test system-packages faults fuzz check bench soak cross-version dashboards page-picture format clean

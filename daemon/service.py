@@ -159,6 +159,14 @@ class Daemon:
         finally:
             await self._tear_down(listener, http)
 
+    async def _start_http(self) -> HttpServer:
+        access, limits = load_access(self._config), Limits(self._config.http_connections)
+        server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
+        if access.token is not None:
+            # For `ckptd status`, which is ours if it can read this.
+            _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
+        return server
+
     def _take_listener(self, path: str, *, everyone: bool) -> socket.socket:
         """Return the attach socket: the service manager's, or one of our own."""
         try:
@@ -169,14 +177,6 @@ class Daemon:
                 os.rmdir(self._directories.root)
             self._directories.release()
             raise
-
-    async def _start_http(self) -> HttpServer:
-        access, limits = load_access(self._config), Limits(self._config.http_connections)
-        server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
-        if access.token is not None:
-            # For `ckptd status`, which is ours if it can read this.
-            _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
-        return server
 
     def _context(self) -> JobContext:
         return JobContext(

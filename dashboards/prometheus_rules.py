@@ -7,8 +7,8 @@ from typing import Final
 
 from dashboards.rules import ALERTS, RECORDS, Alert, Record
 
-_HEAD: Final = "# Made by `python -m dashboards` from dashboards/rules.py. What each alert means: docs/operating.md\n"
-_HELP: Final = "docs/operating.md#"
+_HEAD: Final = "# Made by `python -m dashboards` from dashboards/rules.py. What each alert means: docs/monitoring.md\n"
+_HELP: Final = "docs/monitoring.md#"
 
 
 def render_rules() -> str:

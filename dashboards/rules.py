@@ -1,4 +1,4 @@
-"""Recording and alert rules. Every alert has a section of its name in docs/operating.md: what it means, what to do.
+"""Recording and alert rules. Every alert has a section of its name in docs/monitoring.md: what it means, what to do.
 
 Histograms of saves are sparse, for a job saves a few times an hour: so windows are long.
 """
@@ -22,7 +22,7 @@ class Alert:
     """An alert rule.
 
     Attributes:
-        name: What the page says; also a heading in docs/operating.md.
+        name: What the page says; also a heading in docs/monitoring.md.
         value: What is looked at: has data whenever a daemon works and has saved.
         test: The condition; ``VALUE`` stands for the value.
         hold: For how long it must be so.

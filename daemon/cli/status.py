@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Seconds. The daemon answers from memory within milliseconds; longer means that it hangs.
 _STATUS_TIMEOUT_S: Final = 5.0
-_SYSTEM_RUNTIME: Final = "/run/ckptd"
 _UNAUTHORIZED: Final = 401
+_SYSTEM_RUNTIME: Final = "/run/ckptd"
 _REMEDY: Final = "start one with `ckptd serve`"
 
 

@@ -118,7 +118,7 @@ def test_every_gauge_and_counter_is_shown_or_watched_somewhere():
 
 
 def test_every_alert_has_a_section_that_says_what_to_do():
-    sections = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE)
+    sections = re.findall(r"^### (\w+)$", (ROOT / "docs" / "monitoring.md").read_text(), re.MULTILINE)
     assert sections == [alert.name for alert in ALERTS]
 
 
