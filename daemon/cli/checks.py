@@ -241,6 +241,28 @@ def check_config(load: Callable[[], Config]) -> Check:
     return ok("configuration", "can be used")
 
 
+def check_network(load: Callable[[], Config]) -> list[Check]:
+    """Whether the system's unit lets the daemon have the network that its configuration needs."""
+    from ckptd.daemon.config import parse_address
+
+    try:
+        config = load()
+    except CkptdError:
+        return []  # a check of its own
+    host = parse_address(config.http)[0]
+    needs = [f"http = {config.http}"] if host != "localhost" and not host.startswith("127.") and host != "::1" else []
+    needs += ["user_code"] if config.user_code is True else []
+    shown = run("systemctl", "show", "ckptd.service", "-p", "IPAddressAllow,IPAddressDeny")
+    facts = dict(line.split("=", 1) for line in shown.out.splitlines() if "=" in line)
+    everywhere = {"0.0.0.0/0", "::/0"}
+    denied = everywhere <= set(facts.get("IPAddressDeny", "").split())
+    if not needs or not denied or everywhere <= set(facts.get("IPAddressAllow", "").split()):
+        return []
+    found = f"{' and '.join(needs)}, but the unit lets only {facts['IPAddressAllow']} through"
+    remedy = "`systemctl edit ckptd`: [Service] and IPAddressAllow=any, or the networks that shall reach it"
+    return [warn("network", found, remedy)]
+
+
 def check_daemon() -> Check:
     """Whether a daemon answers."""
     runtime = daemons_runtime_dir()

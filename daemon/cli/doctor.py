@@ -58,6 +58,7 @@ def _checks(folder: str, shm_dir: str, *, user: bool) -> list[Check]:
         *checks.check_folder(folder),
         checks.check_config(lambda: _configured(user=user)),
         *checks.check_units(user=user),
+        *([] if user else checks.check_network(lambda: _configured(user=user))),
         checks.check_daemon(),
     ]
 

@@ -186,6 +186,30 @@ def test_the_configuration():
 
 
 @pytest.mark.parametrize(
+    ("config", "allow", "found"),
+    [
+        (Config(), "127.0.0.0/8 ::1/128", None),
+        (Config(http="[::1]:9437"), "127.0.0.0/8 ::1/128", None),
+        (Config(http="0.0.0.0:9437"), "127.0.0.0/8 ::1/128", "http = 0.0.0.0:9437, but the unit lets only 127"),
+        (Config(user_code=True), "127.0.0.0/8 ::1/128", "user_code, but the unit lets only 127"),
+        (Config(http="0.0.0.0:9437"), "0.0.0.0/0 ::/0", None),
+        (Config(http="10.0.0.7:9437", user_code=True), "", "http = 10.0.0.7:9437 and user_code, but"),
+    ],
+)
+def test_the_network_that_the_unit_allows(monkeypatch, config, allow, found):
+    shown = f"IPAddressAllow={allow}\nIPAddressDeny=::/0 0.0.0.0/0\n"
+    monkeypatch.setattr(checks, "run", lambda *_: Ran((), shown, ""))
+    result = checks.check_network(lambda: config)
+    if found is None:
+        assert result == []
+    else:
+        assert only(result).verdict == "warn"
+        assert only(result).found.startswith(found)
+    monkeypatch.setattr(checks, "run", lambda *_: Ran((), "", "no systemd"))
+    assert checks.check_network(lambda: config) == []
+
+
+@pytest.mark.parametrize(
     ("more", "verdict", "word"),
     [
         ({}, "ok", "pid 7"),

@@ -91,7 +91,11 @@ def test_each_alert_has_a_meaning_a_check_and_a_cure():
         "Stall too high",
         "Daemon down",
     ]
+    rules = (DOCS.parent / "dashboards" / "prometheus" / "ckptd-rules.yml").read_text(encoding="utf-8")
     for alert in alerts:
+        named = re.findall(r"`(Ckptd\w+)`", alert)
+        assert named
+        assert all(f"alert: '{name}'" in rules for name in named)
         assert [word for word in ("**Meaning.**", "**Check.**", "**Cure.**") if alert.count(word) != 1] == []
 
 
