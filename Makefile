@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Debian's and Ubuntu's packages; nothing is asked of apt where all programs are there.
 system-packages:

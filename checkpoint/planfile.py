@@ -16,6 +16,7 @@ from ckptd.checkpoint.items import Int64
 from ckptd.checkpoint.plan import JobPlan
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import BadMessage
+from ckptd.protocol.messages import PlanRanks, encode
 
 
 class _RankWire(msgspec.Struct, frozen=True, array_like=True):
@@ -70,7 +71,15 @@ def store_plan(path: str, plan: JobPlan) -> None:
         _RankWire(layout.data_offset.tobytes(), layout.data_bytes.tobytes(), objects.tobytes(), rows.tobytes())
         for layout, objects, rows in zip(plan.layouts, plan.is_object, plan.index_rows, strict=True)
     ]
-    data = msgspec.msgpack.encode(_PlanWire(encode_index(plan.index), ranks))
+    _store(path, msgspec.msgpack.encode(_PlanWire(encode_index(plan.index), ranks)))
+
+
+def store_ranks(path: str, ranks: PlanRanks) -> None:
+    """Write what a plan was made of to ``path``, as :func:`store_plan` does. Raises SystemCallFailed."""
+    _store(path, encode(ranks))
+
+
+def _store(path: str, data: bytes) -> None:
     temporary = f"{path}.{os.getpid()}"
 
     def write() -> None:

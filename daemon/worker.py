@@ -26,7 +26,7 @@ from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.items import decode_plan
 from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
-from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.planfile import load_plan, store_plan, store_ranks
 from ckptd.checkpoint.removal import retain
 from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.checkpoint.write import Pace, Payloads, write_image
@@ -226,8 +226,9 @@ def _plan(task: PlanTask) -> PlanDone:
         [mine.astype("<i8").tobytes() for mine in plan.assigned],
         [layout.image_bytes for layout in plan.layouts],
     )
-    with open(task.path + RANKS_SUFFIX, "wb") as file:  # first: with the plan's own file all is there
-        file.write(messages.encode(PlanRanks(task.plans, done.assigned)))
+    store_ranks(
+        task.path + RANKS_SUFFIX, PlanRanks(task.plans, done.assigned)
+    )  # first: with the plan's own file all is there
     store_plan(task.path, plan)
     reach(CrashPoint.WORKER_PLANNED)
     return done

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ckptd.daemon import supervisor
+from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.supervisor import WorkerPool, WorkerSettings
 from ckptd.protocol import messages
 from ckptd.protocol.errors import WorkerDied
@@ -38,7 +39,7 @@ TRUTH = (framed(messages.encode(DiscardDone())), "stays")
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_costs_one_task(monkeypatch, lie):
+def test_a_lie_costs_one_task(monkeypatch, tmp_path, lie):
     sayings, restarts = [LIES[lie], TRUTH], []
 
     def command(descriptor, settings):
@@ -47,7 +48,9 @@ def test_a_lie_costs_one_task(monkeypatch, lie):
 
     async def run():
         settings = WorkerSettings(count=1, nice=0, attempts=1, silence_s=10.0, identity=None)
-        pool = WorkerPool(settings, on_restart=lambda: restarts.append(lie))
+        files = JobFiles(str(tmp_path), None, on_made=lambda: None)
+        lock = files.lock_out_older_workers
+        pool = WorkerPool(settings, lock=lock, on_restart=lambda: restarts.append(lie))
         pool.start()
         try:
             async with asyncio.timeout(20):
@@ -56,6 +59,7 @@ def test_a_lie_costs_one_task(monkeypatch, lie):
                 assert await pool.run(DiscardTask("/a")) == DiscardDone()
         finally:
             await pool.close()
+            files.remove()
 
     monkeypatch.setattr(supervisor, "_command", command)
     asyncio.run(run())

@@ -8,6 +8,7 @@ from support.waiting import wait_until
 
 def begin(trainer, root, on_failure):
     trainer.do(
+        "dcp.connect(reconnect_timeout_s=0.5)\n"
         "manager = dcp.CheckpointManager(root, dcp.ManagerOptions(on_failure=on_failure, pause_timeout_s=60))\n"
         "manager.save(1, state()).result(30)\n"
         "step = 1",
