@@ -24,6 +24,7 @@ from ckptd.client.failures import as_checkpoint_failure
 from ckptd.client.load import load_into
 from ckptd.client.load_generic import load_with
 from ckptd.client.load_match import LoadRules
+from ckptd.client.load_sources import Sources
 from ckptd.client.logging_handlers import Phases
 from ckptd.client.nodecache import cache_of
 from ckptd.client.sessions import live_session
@@ -53,6 +54,7 @@ def load(
 
     The arguments are those of `torch.distributed.checkpoint.load`, and three more. Ranks read what they need each for
     itself: no collective runs, so ``process_group`` and ``no_dist`` matter only to planners and readers of your own.
+    A job's last save is read from shared memory, as long as a daemon of this node still holds it.
 
     Args:
         state_dict: Tensors are filled in place, objects replaced, `Stateful` values given their state.
@@ -75,7 +77,7 @@ def load(
         UnknownCheckpoint: There is no checkpoint under this id.
         MissingKeys, Mismatch: The state dict does not fit the checkpoint; no byte was read and nothing changed.
         WrongBits, TruncatedFile, MissingFile: The checkpoint is damaged; load another one.
-        Unsupported: The arguments do not go together.
+        Unsupported: The arguments do not go together, or others save into the checkpoint all the while.
 
         All but the last are a `CheckpointException` too, as torch's errors are.
     """
@@ -89,7 +91,8 @@ def load(
         flat = not settings.flatten_state_dict
         session = live_session(process_group, no_dist=no_dist)
         with Phases("load", path), cache_of(session) as cache:  # the first tells of a failure
-            return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, source=cache)
+            sources = Sources.of(path, session, cache)
+            return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, sources=sources)
     if rules != LoadRules() or not verify:
         what = "strict, convert_dtype or verify with a planner or reader of your own, or an object store"
         raise Unsupported(what, "leave them out: planner and reader decide")

@@ -291,4 +291,15 @@ class Job:
             "workers": self.worker_pids,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
+            "retained": self._retained_status(),
+        }
+
+    def _retained_status(self) -> dict[str, object] | None:
+        retained = self.saves.retained
+        if retained is None:
+            return None
+        return {
+            "save_id": retained.save_id,
+            "checkpoint_id": retained.rules.checkpoint_id,
+            "bytes": sum(seal.message.image_bytes for seal in retained.seals.values()),
         }

@@ -39,6 +39,7 @@ Outcome = Literal["committed", "failed", "skipped"]
 Kind = Literal["request", "capacity", "storage", "plan", "lifecycle", "internal"]
 Reason = Literal["garbage", "token", "protocol", "uid", "stale"]
 SlotState = Literal["free", "staging", "sealed", "persisting"]
+Memory = Literal["absent", "served", "overwritten", "damaged"]
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -105,6 +106,11 @@ class Metrics:
         self._committed = self._counter("ckptd_committed_bytes", "Bytes of published checkpoints.")
         self._restarts = self._counter("ckptd_worker_restarts", "Dead workers that were replaced.")
         self._cached = self._counter("ckptd_node_cache_served_bytes", "Bytes that loads took from another rank's read.")
+        self._restored = self._counter(
+            "ckptd_memory_served_bytes", "Bytes that loads took from a save still in memory."
+        )
+        restores = self._counter("ckptd_memory_loads", "Loads that asked for a save still in memory.", "memory")
+        self._restores = {name: restores.labels(name) for name in get_args(Memory)}
         saves = self._counter("ckptd_saves", "Saves that came to an end, by outcome.", "outcome")
         self._saves = {name: saves.labels(name) for name in get_args(Outcome)}
         failures = self._counter("ckptd_failures", "Failed saves, by class of the root cause.", "kind")
@@ -131,6 +137,17 @@ class Metrics:
     def served_from_cache(self, nbytes: int) -> None:
         """Count bytes that a rank was told to copy from the node cache instead of reading them."""
         self._cached.inc(nbytes)
+
+    def loaded_from_memory(self, memory: Memory, nbytes: int) -> None:
+        """Count a load that asked for a save in memory: none there, served, or read again from the disk.
+
+        Args:
+            memory: What it found there.
+            nbytes: What it read from there, in bytes.
+        """
+        self._restores[memory].inc()
+        if memory == "served":
+            self._restored.inc(nbytes)
 
     def committed(self, nbytes: int, seconds: float, *, now: float) -> None:
         """Count a published checkpoint.

@@ -26,6 +26,7 @@ from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.records import ArenaRecord
+from ckptd.daemon.retained import open_images
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
 from ckptd.protocol import errors
@@ -46,6 +47,7 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
 from ckptd.staging.arena import SlotState, create_arena
 
 logger = logging.getLogger(__name__)
@@ -330,6 +332,17 @@ class Daemon:
     async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
         """Let a session use its job's node cache."""
         return await self._job_of[session].cache.open(session, request.wanted_bytes)
+
+    def open_retained(self, peer: Peer, request: OpenRetained) -> tuple[RetainedOpened, list[int]]:
+        """Find the save that a load asks for in memory."""
+        opened, descriptors = open_images(self._all_jobs(), peer, request)
+        if not opened.images:
+            self.metrics.loaded_from_memory("absent", 0)
+        return opened, descriptors
+
+    def retained_closed(self, message: RetainedClosed) -> None:
+        """A load from memory is over."""
+        self.metrics.loaded_from_memory(message.outcome, message.read_bytes)
 
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""

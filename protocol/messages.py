@@ -5,35 +5,27 @@ misread a message. :class:`Attach` keeps its first field for ever, so that any t
 
 Three conversations:
     attach socket   Attach, Resume, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
-                    credentials, descriptors)
+                    credentials, descriptors; see :mod:`ckptd.protocol.retained`, too)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
 from ckptd.protocol.errors import BadMessage, ErrorReport
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
+from ckptd.protocol.wire import Count, Message, Name, NBytes, Rank, Seconds
 
 PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
 
-NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-
 # An attach frame holds a few names; anything longer is not one of ours.
 ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages: immutable, named on the wire, strict."""
 
 
 # --- attach socket -----------------------------------------------------------------------------------------------
@@ -383,8 +375,8 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | Resume | OpenArena | OpenCache
-AttachReply = Attached | ArenaOpened | CacheOpened | Refused
+AttachRequest = Attach | Resume | OpenArena | OpenCache | OpenRetained | RetainedClosed
+AttachReply = Attached | ArenaOpened | CacheOpened | RetainedOpened | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
 ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptd.protocol import messages as m
+from ckptd.protocol import retained as r
 from ckptd.protocol.errors import DiskFull
 
 ERROR = DiskFull("/runs", 10, 3).report()
@@ -13,11 +14,14 @@ SAMPLES = {
         m.Resume(2, b"token", "job", 3),
         m.OpenArena(2, 8192),
         m.OpenCache(7),
+        r.OpenRetained(2, "/runs/7", "save"),
+        r.RetainedClosed(2, "served", 8192),
     ],
     m.decode_attach_reply: [
         m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
         m.ArenaOpened(1, 2, 8192),
         m.CacheOpened(64, 4 << 20),
+        r.RetainedOpened([r.RetainedImage("__0_0.distcp", 1, 7, 8192, 4096)]),
         m.Refused(ERROR),
     ],
     m.decode_client_message: [

@@ -7,7 +7,8 @@ import pytest
 from support.messages import DECODERS, SAMPLES
 
 from ckptd.protocol.errors import BadMessage
-from ckptd.protocol.messages import PROTOCOL_VERSION, Heartbeat, Message, decode_attach_version, encode
+from ckptd.protocol.messages import PROTOCOL_VERSION, Heartbeat, decode_attach_version, encode
+from ckptd.protocol.wire import Message
 
 msgpack = msgspec.msgpack.encode
 

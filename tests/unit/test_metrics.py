@@ -8,6 +8,7 @@ from ckptd.daemon.metrics import (
     CONTENT_TYPE,
     Kind,
     Live,
+    Memory,
     Metrics,
     Outcome,
     Phase,
@@ -29,7 +30,7 @@ from ckptd.protocol.errors import (
 
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {
-    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages"),
+    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages", "loads"),
 }
 LABELS = {
     "phase": set(get_args(Phase)),
@@ -37,6 +38,7 @@ LABELS = {
     "kind": set(get_args(Kind)),
     "reason": set(get_args(Reason)),
     "state": set(get_args(SlotState)),
+    "memory": set(get_args(Memory)),
 }
 
 
@@ -67,7 +69,7 @@ def daemon():
 
 def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
     families = daemon.families()
-    assert len(families) == 20
+    assert len(families) == 22
     for name, family in families.items():
         assert name.startswith("ckptd_")
         assert family.documentation.endswith(".")
@@ -154,6 +156,8 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     metrics.skipped()
     metrics.worker_restarted()
     metrics.rejected("uid")
+    for memory, nbytes in (("served", 9), ("served", 10), ("overwritten", 5), ("absent", 0)):
+        metrics.loaded_from_memory(memory, nbytes)
     samples = daemon.samples()
     assert samples["ckptd_phase_seconds_sum", "fsync"] == 0.5
     assert samples["ckptd_phase_seconds_count", "write"] == 0
@@ -164,6 +168,8 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     assert samples["ckptd_worker_restarts_total",] == 1
     assert samples["ckptd_rejected_messages_total", "uid"] == 1
     assert samples["ckptd_rejected_messages_total", "stale"] == 0
+    assert samples["ckptd_memory_served_bytes_total",] == 19
+    assert [samples["ckptd_memory_loads_total", memory] for memory in get_args(Memory)] == [1, 2, 1, 0]
 
 
 @pytest.mark.parametrize(
