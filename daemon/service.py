@@ -335,7 +335,8 @@ class Daemon:
 
     def open_retained(self, peer: Peer, request: OpenRetained) -> tuple[RetainedOpened, list[int]]:
         """Find the save that a load asks for in memory."""
-        opened, descriptors = open_images(self._all_jobs(), peer, request)
+        jobs = self._all_jobs() if self._config.retain_s else []
+        opened, descriptors = open_images(jobs, peer, request)
         if not opened.images:
             self.metrics.loaded_from_memory("absent", 0)
         return opened, descriptors
