@@ -17,11 +17,12 @@ from ckptd.client.load_plan import LoadPlanner
 from ckptd.protocol.errors import MissingFile, Unsupported, WrongBits
 
 load_module = importlib.import_module("ckptd.client.load")  # the package's name for it is the function's
-ROWS, COLUMNS = 64, 48
+# Rows so long that five columns are read row by row: of what is read in part, the hash cannot be known.
+ROWS, COLUMNS = 8, 16384
 
 
 def whole(value):
-    """What is saved: parts of it are wanted, whose hash nobody knows."""
+    """What is saved."""
     return {f"w{n}": torch.full((ROWS, COLUMNS), value) for n in range(4)}
 
 
@@ -72,7 +73,7 @@ MOMENTS = {
     "the index is read": (load_module, "read_index", True),
     "the plan is made": (LoadPlanner, "plan", True),
     "a file is opened": (Disk, "open", True),
-    "a file is read": (DiskFile, "fill", False),
+    "a file is read": (DiskFile, "fill_rows", False),
 }
 moments = pytest.mark.parametrize("moment", MOMENTS)
 
@@ -93,7 +94,7 @@ def test_a_commit_in_the_middle_of_a_load_of_parts_mixes_nothing(daemon, client,
 @moments
 def test_a_commit_of_another_structure_in_the_middle_mixes_nothing(daemon, client, tmp_path, monkeypatch, moment):
     client.save(whole(1.0), checkpoint_id=tmp_path / "a")
-    other = {"before": torch.full((777, 3), 9.0), **whole(2.0)}
+    other = {"before": torch.full((COLUMNS, 3), 9.0), **whole(2.0)}
     owner, name, after = MOMENTS[moment]
     Hook(monkeypatch, owner, name, lambda: client.save(other, checkpoint_id=tmp_path / "a"), after=after)
     made = parts()
@@ -182,9 +183,9 @@ def save_on():
     step = 0
     while not stop.is_set():
         step += 1
-        weights = {f'w{n}': torch.full((256, 64), float(step)) for n in range(4)}
+        weights = {f'w{n}': torch.full((8, 16384), float(step)) for n in range(4)}
         if step % 2:
-            weights = {'before': torch.zeros(step * 100), **weights}
+            weights = {'before': torch.zeros(step % 16 * 10000), **weights}
         dcp.save(weights, checkpoint_id=path)
 saving = threading.Thread(target=save_on)
 saving.start()
@@ -193,13 +194,13 @@ LOAD_ON = """
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 class Columns(torch.Tensor):
     def __create_chunk_list__(self):
-        return [ChunkStorageMetadata(offsets=torch.Size([0, 20]), sizes=torch.Size([256, 5]))]
+        return [ChunkStorageMetadata(offsets=torch.Size([0, 20]), sizes=torch.Size([8, 5]))]
     def __get_tensor_shard__(self, index):
         return self.shard
 steps = []
-found = {f'w{n}': torch.empty(256, 64).as_subclass(Columns) for n in range(4)}
+found = {f'w{n}': torch.empty(8, 16384).as_subclass(Columns) for n in range(4)}
 for value in found.values():
-    value.shard = torch.zeros(256, 5)
+    value.shard = torch.zeros(8, 5)
 for _ in range(loads):
     dcp.load(found, checkpoint_id=path)
     steps.append(torch.stack([value.shard for value in found.values()]).unique().tolist())
