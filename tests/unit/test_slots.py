@@ -170,3 +170,12 @@ class TestDressing:
         layout = make_rank_layout(("structure",), "digest", plan, np.array([1, 2], "<i8").tobytes())
         assert layout.items == [1, 2]
         assert [(str(item.dtype), item.shape) for item in layout.placed] == [("None", ()), ("torch.bfloat16", (2, 4))]
+
+
+def test_a_slot_that_is_taken_holds_no_committed_image_from_then_on(opened):
+    slots, descriptor = opened
+    for number in range(2):
+        slots._arena.set_state(number, SlotState.RETAINED, sequence=5)
+    slot = take(slots)
+    assert read_slot(descriptor, slot.number)[0] is SlotState.FREE
+    assert read_slot(descriptor, 1 - slot.number) == (SlotState.RETAINED, 0, 5)
