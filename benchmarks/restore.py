@@ -1,4 +1,4 @@
-"""After a failure: loads from the memory that a daemon still holds, the price of hashes, a killed daemon's successor."""
+"""After a failure: loads from the memory that a daemon holds, the price of hashes, a killed daemon's successor."""
 
 from __future__ import annotations
 
