@@ -125,7 +125,7 @@ def open_retained(path: str, save_id: str, *, runtime: str | None = None) -> Ret
         connection = find_attach_socket(runtime, timeout_s=ANSWER_WITHIN_S)
         if connection is None:
             return None
-        held = _ask(connection, OpenRetained(PROTOCOL_VERSION, path, save_id), deadline_s)
+        held = _ask(connection, OpenRetained(PROTOCOL_VERSION, _text(path), _text(save_id)), deadline_s)
     except (CkptdError, OSError, EOFError) as error:
         logger.info("%s: not looked for in memory: %s", path, error)
         held = []
@@ -159,6 +159,11 @@ def _ask(connection: socket.socket, request: OpenRetained, deadline_s: float) ->
         if not held:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+
+def _text(name: str) -> str:
+    """Return a name that a message can carry: paths need not be valid Unicode."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _send(connection: socket.socket, message: AttachRequest) -> None:

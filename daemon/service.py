@@ -337,7 +337,9 @@ class Daemon:
         """Find the save that a load asks for in memory."""
         jobs = self._all_jobs() if self._config.retain_s else []
         opened, descriptors = open_images(jobs, peer, request)
-        if not opened.images:
+        if opened.images:
+            logger.info("pid %d loads %s from memory", peer.pid, request.checkpoint_id)
+        else:
             self.metrics.loaded_from_memory("absent", 0)
         return opened, descriptors
 

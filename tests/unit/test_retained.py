@@ -182,3 +182,10 @@ def test_where_no_daemon_is_nobody_is_asked(monkeypatch, tmp_path, runtime):
 def test_a_place_that_cannot_be_is_no_error(monkeypatch):
     monkeypatch.setenv("CKPTD_RUNTIME_DIR", "/" + "x" * 200)
     assert open_retained("/run/a", "save") is None
+
+
+def test_a_path_that_is_no_unicode_is_asked_for_all_the_same(daemon):
+    daemon.answer(framed(RetainedOpened([])))
+    assert open_retained(os.fsdecode(b"/run/\xff"), "save") is None
+    daemon.close()
+    assert [request.save_id for request in daemon.heard] == ["save"]
