@@ -26,7 +26,7 @@ _ADOPTION = "adoption"
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one system; see python -m benchmarks.")
     parser.add_argument(
-        "--system", required=True, help="ckptd, sync, thread, process, limits, soak, adoption or planning"
+        "--system", required=True, help="ckptd, waves, sync, thread, process, limits, soak, adoption or planning"
     )
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--tensors", type=int, default=1000)

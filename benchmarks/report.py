@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.machine import Machine
 from benchmarks.samples import Result
 from benchmarks.summary import Summary, SystemSummary
+from benchmarks.systems import WAVE_SLOT_BYTES, WAVE_SLOTS
 from benchmarks.targets import Target
 
 _WIDTH: Final = 150
@@ -25,6 +26,7 @@ _NOTES: Final = (
     "Extra memory: anonymous and shared, above that of a trainer that does not save; page cache is not in it.",
     "Lost: the stall, and what the save slows a matmul loop with torch's default threads.",
     "Stock loads alike in all its modes.",
+    "Waves go through 2 slots of 64 MiB: the limit of their time is a raw write, of their memory those slots.",
 )
 
 
@@ -113,6 +115,7 @@ def _figures(run: Summary, systems: list[SystemSummary]) -> list[tuple[str, floa
         ("stall, staged in the background, s", None, background),
         ("to durable, first save, s", None, [s.first_durable_s for s in systems]),
         ("to durable, s", limits.durable_s(gigabytes), [s.durable_s for s in systems]),
+        *_waves(run),
         ("persist rate, GB/s", limits.write_gb_per_s, [s.persist_gb_per_s for s in systems]),
         ("CPU, s/GB", limits.cpu_s_per_gb, [s.cpu_s_per_gb for s in systems]),
         ("peak extra memory, GB", None, [s.peak_extra_gb for s in systems]),
@@ -145,6 +148,25 @@ def _from_memory(run: Summary) -> float | None:
     if run.restore is None:
         return None
     return run.gigabytes / (run.restore.against_disk.limit_s * run.restore.against_disk.slower)
+
+
+def _waves(run: Summary) -> list[tuple[str, float | None, Figures]]:
+    """Return what ckptd needs with memory for two small slots only."""
+    waves = run.systems.get("waves")
+    if waves is None:
+        return []
+    nobody_else: Figures = [None] * 3
+    write_s = run.gigabytes / run.limits.write_gb_per_s
+    return [
+        ("staged in waves: stall, s", write_s, [waves.stall_s, *nobody_else]),
+        ("staged in waves: to durable, s", write_s, [waves.durable_s, *nobody_else]),
+        ("staged in waves: CPU, s/GB", run.limits.cpu_s_per_gb, [waves.cpu_s_per_gb, *nobody_else]),
+        (
+            "staged in waves: peak extra memory, GB",
+            WAVE_SLOTS * WAVE_SLOT_BYTES / 1e9,
+            [waves.peak_extra_gb, *nobody_else],
+        ),
+    ]
 
 
 def _percent(share: float | None) -> float | None:

@@ -79,7 +79,7 @@ def turns_of(extent: Extent) -> list[Turn]:
         name = f"round {number + 1} of {extent.rounds}"
         turns.append(Turn(f"{name}: limits", limits))
         saves = extent.saves // extent.rounds + (number < extent.saves % extent.rounds)
-        order = ["sync", "thread", "process", "ckptd"]
+        order = ["sync", "thread", "process", "ckptd", "waves"]
         for system in reversed(order) if number % 2 else order:
             arguments = ["--system", system, *size, "--saves", str(max(1, saves)), *_extras(system, extent)]
             turns.append(Turn(f"{name}: {system}", arguments + ["--memory"] * (number == 0)))
@@ -105,7 +105,7 @@ def turns_of(extent: Extent) -> list[Turn]:
 def _extras(system: str, extent: Extent) -> list[str]:
     # The trainer does nothing beside stock's `save`, and stock loads alike whatever has saved. Stock's other saves take
     # seconds, not fractions: one of them says as much as several of ours.
-    slowdowns = {"sync": 0, "ckptd": extent.slowdowns}.get(system, 1)
+    slowdowns = {"sync": 0, "waves": 0, "ckptd": extent.slowdowns}.get(system, 1)
     loads = extent.loads if system in {"sync", "ckptd"} else 0
     return ["--slowdowns", str(slowdowns), "--loads", str(loads)]
 

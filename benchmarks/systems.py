@@ -28,6 +28,8 @@ from benchmarks.workload import StateDict
 if TYPE_CHECKING:
     from ckptd.client import Session
 
+WAVE_SLOTS: Final = 2
+WAVE_SLOT_BYTES: Final = 64 << 20
 _DAEMON_ENDS_WITHIN_S: Final = 60.0
 
 
@@ -142,10 +144,12 @@ class Ckptd:
     """ckptd with a daemon of its own, embedded, as it is by default.
 
     Attributes:
+        is_plain: Whether it is used as it is by default; then it is held against the machine's limits, too.
         in_background: Stage saves in the background; what `connect(staging="background")` does for all saves.
     """
 
     def __init__(self) -> None:
+        self.is_plain = type(self) is Ckptd
         self.in_background = False
         self._runtime = tempfile.mkdtemp(prefix="ckptd-bench-")
         os.environ.update(CKPTD_RUNTIME_DIR=self._runtime, CKPTD_STATE_DIR=self._runtime)
@@ -213,8 +217,19 @@ class Ckptd:
         return report.source
 
 
+class CkptdWaves(Ckptd):
+    """ckptd with memory for two waves only: the trainer is held while the disk takes the state, wave by wave."""
+
+    def open(self, state: StateDict) -> None:
+        """Start the daemon, plan, make and touch the ring."""
+        self._session = self._dcp.connect(
+            state_dict=state, staging="waves", slots=WAVE_SLOTS, slot_bytes=WAVE_SLOT_BYTES
+        )
+
+
 SYSTEMS: Final[dict[str, Callable[[], System]]] = {
     "ckptd": Ckptd,
+    "waves": CkptdWaves,
     "sync": Sync,
     "thread": Thread,
     "process": Process,

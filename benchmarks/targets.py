@@ -9,8 +9,10 @@ import msgspec
 
 from benchmarks.samples import FormatSample
 from benchmarks.summary import Summary
+from benchmarks.systems import WAVE_SLOT_BYTES, WAVE_SLOTS
 
 _FLAT_BYTES: Final = 1 << 20  # CPython takes memory from the system in steps of 1 MiB: obmalloc.h, ARENA_SIZE
+_RING_GB: Final = WAVE_SLOTS * WAVE_SLOT_BYTES / 1e9
 _SLOWED_AT_MOST: Final = 0.05
 _ADOPTED_WITHIN_S: Final = 1.0
 _VERIFYING_AT_MOST: Final = 0.10
@@ -52,7 +54,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 def targets_of(run: Summary) -> list[Target]:
     """Return every promise with the figures of a run."""
     saving = [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run)]
-    return [*saving, *_loading(run), *_restoring(run), *_planning(run)]
+    return [*saving, *_loading(run), *_planning(run), *_waves(run), *_restoring(run)]
 
 
 def _persisting(run: Summary) -> list[Target]:
@@ -181,6 +183,26 @@ def _steadiness(run: Summary) -> list[Target]:
     ]
 
 
+def _waves(run: Summary) -> list[Target]:
+    waves = run.systems.get("waves")
+    if waves is None or not waves.peak_extra_gb:
+        return []
+    return [
+        Target(
+            number=9,
+            what="peak extra memory, staged in waves",
+            unit="GB",
+            ours=waves.peak_extra_gb,
+            stock=[],
+            limit=_RING_GB,
+            ratio_of="ours / two slots of 64 MiB",
+            ratio=waves.peak_extra_gb / _RING_GB,
+            relation="≤",
+            bound=2.0,  # the daemon and its worker are in it
+        )
+    ]
+
+
 def _slowdowns(run: Summary) -> list[Target]:
     ours, stocks = run.systems["ckptd"], [run.systems["thread"], run.systems["process"]]
     return [
@@ -241,7 +263,7 @@ def _restoring(run: Summary) -> list[Target]:
     ready_s = median(adoption.ready_s)
     targets = [
         Target(
-            number=9,
+            number=10,
             what=f"a killed daemon's successor has taken up {adoption.generations} saves",
             unit="s",
             ours=ready_s,
@@ -258,7 +280,7 @@ def _restoring(run: Summary) -> list[Target]:
     disk = restore.against_disk
     targets.append(
         Target(
-            number=9,
+            number=10,
             what="load from memory",
             unit="GB/s",
             ours=run.gigabytes / (disk.limit_s * disk.slower),
@@ -273,7 +295,7 @@ def _restoring(run: Summary) -> list[Target]:
     for where, pairs in (("from the disk", restore.verified_cold), ("from memory", restore.verified)):
         targets.append(
             Target(
-                number=9,
+                number=10,
                 what=f"verifying while loading {where}",
                 unit="%",
                 ours=(pairs.slower - 1) * 100,

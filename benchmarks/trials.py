@@ -63,7 +63,7 @@ class Trial:
         """Measure everything that applies to the system."""
         self._tell("making the state dict")
         state = make_state_dict(scope.nbytes, scope.tensors)
-        if isinstance(self._system, Ckptd):
+        if isinstance(self._system, Ckptd) and self._system.is_plain:
             self._limits = PairedLimits(tensors_of(state), self._directory)
         without = measure.memory_bytes(measure.family())
         restore = RestoreSample(against_disk=[], verified=[], verified_cold=[])
@@ -86,7 +86,7 @@ class Trial:
                 self._restores(state, last, scope.loads, restore)
         finally:
             self._system.close()
-        if isinstance(self._system, Ckptd) and scope.loads:
+        if isinstance(self._system, Ckptd) and self._limits is not None and scope.loads:
             self._tell("cold loads, with and without hashes")
             measure_cold(self._system, state, last, loads=scope.loads, into=restore)
         return SystemResult(
@@ -135,7 +135,7 @@ class Trial:
         return samples
 
     def _background_saves(self, state: StateDict, saves: int) -> list[SaveSample]:
-        if not isinstance(self._system, Ckptd):
+        if not (isinstance(self._system, Ckptd) and self._system.is_plain):
             return []
         self._system.in_background = True
         try:

@@ -64,3 +64,9 @@ class Index:
     def has_hashes(self) -> bool:
         """Whether the payloads can be verified."""
         return len(self.item_hash) == len(self.item_name)
+
+    def file_ends(self) -> Int64:
+        """Return how long each file must at least be, in bytes."""
+        ends = np.zeros(len(self.files), np.int64)
+        np.maximum.at(ends, self.item_file, self.record_offset + self.record_bytes)
+        return ends

@@ -12,39 +12,50 @@ import shutil
 from functools import partial
 
 from ckptd.checkpoint.names import is_checkpoint_file
-from ckptd.checkpoint.system import named, sync_directory
+from ckptd.checkpoint.system import closed_at_end, named, sync_directory
 
 
 def link_foreign(old: str, new: str) -> None:
     """Link what is foreign in ``old`` into ``new``, durably. Raises SystemCallFailed."""
-    for entry in sorted(os.listdir(old)):
-        source, target = os.path.join(old, entry), os.path.join(new, entry)
-        if is_checkpoint_file(entry) or os.path.lexists(target):
-            continue
-        if _is_folder(source):
-            named("link", target, partial(shutil.copytree, source, target, symlinks=True, copy_function=_link))
-            for folder, _, _ in os.walk(target):
-                sync_directory(folder)
-        else:
-            named("link", target, partial(_link, source, target))
+    for entry in sorted(named("readdir", old, partial(os.listdir, old))):
+        target = os.path.join(new, entry)
+        if not is_checkpoint_file(entry) and not os.path.lexists(target):
+            _link_entry(os.path.join(old, entry), target)
     sync_directory(new)
+
+
+def _link_entry(source: str, target: str) -> None:
+    if not _is_folder(source):
+        named("link", target, partial(_link, source, target))
+        return
+    named("mkdir", target, partial(os.mkdir, target))
+    for entry in sorted(named("readdir", source, partial(os.listdir, source))):
+        _link_entry(os.path.join(source, entry), os.path.join(target, entry))
+    named("chmod", target, partial(shutil.copystat, source, target))
+    sync_directory(target)
 
 
 def move_late_foreign(old: str, new: str) -> None:
     """Move from ``old`` to ``new`` what was made or replaced there after :func:`link_foreign` had looked."""
-    for entry in sorted(os.listdir(old)):
+    for entry in sorted(named("readdir", old, partial(os.listdir, old))):
         if not is_checkpoint_file(entry):
             _move_late(os.path.join(old, entry), os.path.join(new, entry))
 
 
 def _move_late(source: str, target: str) -> None:
     if not os.path.lexists(target):
-        named("rename", target, partial(os.rename, source, target))
+        _rename(source, target)
     elif _is_folder(source) and _is_folder(target):
         for entry in sorted(os.listdir(source)):
             _move_late(os.path.join(source, entry), os.path.join(target, entry))
     elif not _is_folder(source) and not _is_folder(target) and _newer(source, target):
-        named("rename", target, partial(os.replace, source, target))
+        _rename(source, target)
+
+
+def _rename(source: str, target: str) -> None:
+    """Move an entry for good: what it is taken from will be removed."""
+    named("rename", target, partial(os.replace, source, target))
+    sync_directory(os.path.dirname(target))
 
 
 def _newer(source: str, target: str) -> bool:
@@ -60,7 +71,19 @@ def _is_folder(path: str) -> bool:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
+    except FileNotFoundError:
+        if os.path.lexists(source):
+            raise
+        # its user has removed it while we looked
     except OSError as error:
         if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
             raise
-        shutil.copy2(source, target, follow_symlinks=False)  # a file system without hard links
+        _copy(source, target)  # a file system without hard links
+
+
+def _copy(source: str, target: str) -> None:
+    shutil.copy2(source, target, follow_symlinks=False)
+    if not os.path.islink(target):
+        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        with closed_at_end(descriptor, target):
+            os.fsync(descriptor)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.protocol.errors import BadMessage
+from ckptd.staging.dtypes import DTYPES, OBJECT
 
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
@@ -139,6 +140,8 @@ def _check(plan: LocalPlan) -> None:
         raise BadMessage("a plan whose items name nothing")
     if plan.ndim.size and plan.ndim.max() > plan.shape.shape[1]:
         raise BadMessage("a plan with more dimensions than columns")
+    if not ((plan.dtype == OBJECT) | (plan.dtype < len(DTYPES))).all():
+        raise BadMessage("a plan with an unknown dtype")
     for column in (plan.shape, plan.item_offsets, plan.item_sizes, plan.capacity):
         if column.size and column.min() < 0:
             raise BadMessage("a plan with a negative size")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
@@ -11,8 +15,8 @@ from ckptd.checkpoint.frame import METADATA_HASH
 from ckptd.checkpoint.index import decode_index
 from ckptd.checkpoint.metadata_unpickle import decode_metadata
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
-from ckptd.checkpoint.system import named
-from ckptd.protocol.errors import CkptdError, UnknownCheckpoint
+from ckptd.checkpoint.system import closed_at_end, named
+from ckptd.protocol.errors import BadIndex, CkptdError, UnknownCheckpoint
 
 
 def read_index(path: str, *, opener: Opener | None = None) -> Index:
@@ -64,11 +68,20 @@ def _is_another_save(index: Index, metadata: bytes, path: str) -> bool:
 
 
 def _read(path: str, opener: Opener | None) -> bytes | None:
+    """Return a file's bytes, or None if it is not there. A pipe or device would keep a reader for ever."""
+
     def read() -> bytes | None:
         try:
-            with open(path, "rb", opener=opener) as file:
-                return file.read()
+            descriptor = (opener or os.open)(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        with closed_at_end(descriptor, path):
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, path)
+            if not stat.S_ISREG(mode):
+                raise BadIndex(path, "it is not a file")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
 
     return named("read", path, read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ckptd.checkpoint.index import Index, decode_index, encode_index
 from ckptd.checkpoint.items import Int64
 from ckptd.checkpoint.plan import JobPlan
+from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import BadMessage
 
 
@@ -39,6 +41,8 @@ class RankRows:
 
     def true_bytes(self, object_bytes: bytes) -> Int64:
         """Return each item's length, with the objects' true ones put in. Raises BadMessage if they do not fit."""
+        if len(object_bytes) % 8:
+            raise BadMessage(f"lengths of objects in {len(object_bytes)} bytes")
         lengths = np.frombuffer(object_bytes, dtype="<i8")
         reserved = self.data_bytes[self.is_object]
         if len(lengths) != len(reserved) or (lengths < 0).any() or (lengths > reserved).any():
@@ -57,23 +61,34 @@ class StoredPlan:
 
 
 def store_plan(path: str, plan: JobPlan) -> None:
-    """Write a plan to ``path``; it appears there whole. It lies on tmpfs, so nothing is fsynced."""
+    """Write a plan to ``path``; it appears there whole. It lies on tmpfs, so nothing is fsynced.
+
+    Raises:
+        SystemCallFailed: It cannot be written.
+    """
     ranks = [
         _RankWire(layout.data_offset.tobytes(), layout.data_bytes.tobytes(), objects.tobytes(), rows.tobytes())
         for layout, objects, rows in zip(plan.layouts, plan.is_object, plan.index_rows, strict=True)
     ]
     data = msgspec.msgpack.encode(_PlanWire(encode_index(plan.index), ranks))
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+
+    def write() -> None:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+
+    named("write", path, write)
 
 
 @lru_cache(maxsize=4)
 def load_plan(path: str) -> StoredPlan:
-    """Return the plan in ``path``. Plan files are never changed, so the last few are kept."""
-    with open(path, "rb") as file:
-        wire = msgspec.msgpack.decode(file.read(), type=_PlanWire)
+    """Return the plan in ``path``. Plan files are never changed, so the last few are kept.
+
+    Raises:
+        SystemCallFailed: It cannot be read.
+    """
+    wire = msgspec.msgpack.decode(named("read", path, Path(path).read_bytes), type=_PlanWire)
     ranks = [
         RankRows(
             np.frombuffer(rank.data_offset, dtype="<i8"),

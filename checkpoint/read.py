@@ -20,7 +20,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ckptd.checkpoint import read_requests
 from ckptd.checkpoint.collector import collector_paused
-from ckptd.checkpoint.read_files import BLOCK_BYTES, Disk, Source, SourceFile, memory_at
+from ckptd.checkpoint.read_blocks import BLOCK_BYTES
+from ckptd.checkpoint.read_files import Disk, Source, SourceFile, memory_at
 from ckptd.checkpoint.read_requests import Piece, Read, Request, Rows, requests_of
 from ckptd.protocol.errors import WrongBits
 
@@ -155,7 +156,7 @@ class _Reading:
 
     def run(self) -> None:
         """Perform requests until there are no more, or another reader has failed."""
-        bounce = _huge_buffer(read_requests.CHUNK_BYTES + 2 * BLOCK_BYTES)
+        bounce = huge_buffer(read_requests.CHUNK_BYTES + 2 * BLOCK_BYTES)
         while True:
             with self._lock:
                 request = None if self._failed else next(self._requests, None)
@@ -205,7 +206,8 @@ class _Reading:
         self._make_buffer(read)
         nbytes = (last - first) * rows.row_bytes
         target = memory_at(read.address + first * rows.row_bytes, nbytes)
-        self._files[request.file].fill_rows(rows.starts[first:last] + read.offset, rows.row_bytes, target)
+        begins = rows.starts[first:last] + read.offset
+        self._files[request.file].fill_rows(begins, rows.row_bytes, target, blocks=request.blocks)
         if self._is_complete(number, nbytes):
             self.finish(number, None)
 
@@ -272,7 +274,7 @@ def address_of(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def _huge_buffer(nbytes: int) -> memoryview:
+def huge_buffer(nbytes: int) -> memoryview:
     """Return a page-aligned buffer in huge pages, where the kernel gives them.
 
     A request to a disk takes so many pieces of memory at most (max_segments; 254 for virtio), and a huge page is one

@@ -12,23 +12,23 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
-
-import numpy as np
 
 from ckptd.checkpoint.columns import Int64
 from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.mapped import MappedFile
 from ckptd.checkpoint.pagecache import PageCacheProbe
+from ckptd.checkpoint.read_blocks import BLOCK_BYTES, brings_every_block
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile
 
-# O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every format in use.
-BLOCK_BYTES: Final = 4096
 # What rounding to blocks may add to a request before it is rather read through the page cache.
 _ROUNDING_SHARE: Final = 1 / 64
 # Shorter rows are copied out of a mapping: a call for each costs 10 us, as much as copying these.
 SHORT_ROW_BYTES: Final = 64 * 1024
+# The kernel cuts longer advice to what it reads ahead, 128 KiB unless told otherwise, or the disk's largest request;
+# what is missing then would come with its large block. Source: force_page_cache_ra().
+_ADVICE_BYTES: Final = 128 * 1024
 # One preadv takes so many targets. Source: limits.h, IOV_MAX.
 TARGETS_AT_MOST: Final = 1024
 
@@ -55,8 +55,15 @@ class SourceFile(Protocol):
     def view(self, begin: int, end: int, bounce: memoryview) -> memoryview:
         """Return the bytes of a range, in the buffer, which has room for it and two blocks more, or elsewhere."""
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
-        """Put equally long ranges, which begin at offsets in the file, into a target, one behind the other."""
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
+        """Put equally long ranges into a target, one behind the other.
+
+        Args:
+            begins: int64[R], where they begin in the file.
+            row_bytes: Length of each.
+            target: ``R * row_bytes`` bytes.
+            blocks: Begin and end of what may come along, in whole large blocks; alike if nothing may.
+        """
 
     def close(self) -> None:
         """Let the file go."""
@@ -125,7 +132,8 @@ class DiskFile:
         self._lock = threading.Lock()
         self._direct: int | None = None
         try:
-            self._buffered = open_file(path, os.O_RDONLY | os.O_CLOEXEC)
+            # To open a pipe that lies in a file's place would wait for its writer; files do not mind the flag.
+            self._buffered = open_file(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise MissingFile(path) from None
         except OSError as error:
@@ -166,33 +174,42 @@ class DiskFile:
         self._read(begin, [bounce[: end - begin]], end - begin)
         return bounce[: end - begin]
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Read rows through the page cache, all of them asked for ahead of the first wait."""
-        offsets = begins.tolist()
-        descriptor = self._buffered
-        span_bytes = offsets[-1] + row_bytes - offsets[0]
-        cached = self._cached(offsets[0], span_bytes)
-        every_block = len(offsets) > 1 and int(np.diff(begins).max()) - row_bytes < BLOCK_BYTES
-        if not cached:
-            with contextlib.suppress(OSError):  # advice that a file system may not know
-                for offset, nbytes in [(offsets[0], span_bytes)] if every_block else [(o, row_bytes) for o in offsets]:
-                    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
-        if row_bytes < SHORT_ROW_BYTES and (cached or every_block) and self._copy_rows(begins, row_bytes, target):
+        first, end = int(begins[0]), int(begins[-1]) + row_bytes
+        can_map = row_bytes < SHORT_ROW_BYTES
+        if not self._cached(first, end - first):
+            every_block = brings_every_block(begins, row_bytes)
+            can_map = can_map and every_block
+            comes, ends = blocks if can_map and self._mapped.brings_large_blocks() else (end, end)
+            rows = ((begin, begin + row_bytes) for begin in begins.tolist())
+            self._ask_for([(first, min(comes, end)), (max(ends, first), end)] if every_block else rows)
+        if can_map and self._mapped.copy_rows(begins, row_bytes, target):
+            self._count(len(target))
             return
-        at = 0
-        for offset in offsets:
-            row = target[at : at + row_bytes]
-            if self._preadv(descriptor, [row], offset) != row_bytes:
-                self._read(offset, [row], row_bytes)
-            else:
-                self._count(row_bytes)
-            at += row_bytes
+        self._read_rows(begins, row_bytes, target)
 
-    def _copy_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> bool:
-        copied = self._mapped.copy_rows(begins, row_bytes, target)
-        if copied:
-            self._count(len(begins) * row_bytes)
-        return copied
+    def _ask_for(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the disk begin with ranges."""
+        with contextlib.suppress(OSError):  # advice that a file system may not know
+            for begin, end in ranges:
+                for at in range(begin, end, _ADVICE_BYTES):
+                    os.posix_fadvise(self._buffered, at, min(end - at, _ADVICE_BYTES), os.POSIX_FADV_WILLNEED)
+
+    def _read_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+        """Read rows by a call each; what is done besides for each of them shows."""
+        descriptor, at, whole = self._buffered, 0, 0
+        try:
+            for offset in begins.tolist():
+                row = target[at : at + row_bytes]
+                if os.preadv(descriptor, (row,), offset) == row_bytes:
+                    whole += 1
+                else:
+                    self._read(offset, [row], row_bytes)
+                at += row_bytes
+        except OSError as error:
+            raise SystemCallFailed("pread", self._path, error.errno or errno.EIO) from None
+        self._count(whole * row_bytes)
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -45,8 +45,9 @@ class ImageFile:
         self._read(begin, [data])
         return data
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Copy equally long ranges; short ones out of a mapping, because a call for each would cost more."""
+        del blocks  # all of it is in memory: nothing has to be brought along
         self._check(int(begins[-1]) + row_bytes)
         short = row_bytes < SHORT_ROW_BYTES
         if short and self._mapped.copy_rows(begins + self._begin, row_bytes, target):

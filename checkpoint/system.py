@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final, TypeVar
 
 from ckptd.protocol.errors import SystemCallFailed
@@ -25,6 +26,23 @@ def named(call: str, path: str, function: Callable[[], T]) -> T:
         return function()
     except OSError as error:
         raise SystemCallFailed(call, path, error.errno or errno.EIO) from None
+
+
+@contextmanager
+def closed_at_end(descriptor: int, path: str) -> Iterator[None]:
+    """Close a descriptor at the end of a block. Raises SystemCallFailed, unless the block has raised already."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
+    try:
+        os.close(descriptor)
+    except InterruptedError:
+        pass  # it is closed all the same. Source: close(2), "Dealing with error returns from close()"
+    except OSError as error:
+        raise SystemCallFailed("close", path, error.errno or errno.EIO) from None
 
 
 def preallocate(descriptor: int, nbytes: int, path: str) -> None:
@@ -65,20 +83,20 @@ def rename_exchange(one: str, other: str) -> bool:
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable: without it a new *name* may be lost. Source: fsync(2), NOTES."""
     descriptor = named("open", path, lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY))
-    try:
-        named("fsync", path, lambda: os.fsync(descriptor))
-    finally:
-        os.close(descriptor)
+    with closed_at_end(descriptor, path):
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that has nothing to sync in directories, as fsync(2) says
+                raise SystemCallFailed("fsync", path, error.errno or errno.EIO) from None
 
 
 def write_file(path: str, data: bytes) -> None:
     """Write a small new file and make its bytes durable; the directory is the caller's to sync."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = named("open", path, lambda: os.open(path, flags, 0o666))
-    try:
+    with closed_at_end(descriptor, path):
         rest = memoryview(data)
         while rest:
             rest = rest[named("write", path, lambda rest=rest: os.write(descriptor, rest)) :]  # type: ignore[misc]
         named("fsync", path, lambda: os.fsync(descriptor))
-    finally:
-        os.close(descriptor)

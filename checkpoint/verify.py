@@ -5,6 +5,7 @@ Invariant: a fault is a result, not an end: whatever is wrong with one read, all
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -22,11 +23,18 @@ from ckptd.checkpoint.columns import Index, Int64
 from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
 from ckptd.checkpoint.names import METADATA_NAME
 from ckptd.checkpoint.open import is_metadata_of, read_index
+from ckptd.checkpoint.read import huge_buffer
+from ckptd.checkpoint.read_blocks import BLOCK_BYTES
+from ckptd.checkpoint.read_files import DiskFile
+from ckptd.checkpoint.reading import reading
+from ckptd.checkpoint.stock_records import WrongRecord, check_record
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
 # One read: large enough that its costs vanish beside its bytes. Smaller items are read together.
 READ_BYTES: Final = 8 << 20
+# Who hashes has nothing in the disk's queue; see READERS in ckptd.checkpoint.read.
+THREADS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,10 @@ class VerifyReport:
         path: The checkpoint's directory.
         items: Number of tensor chunks and objects in the index.
         bytes: Their size in bytes, as the index says.
-        hashes_checked: Whether payloads were read; a stock checkpoint has no hashes, only a structure.
+        hashes_checked: Whether payloads were held against our hashes; a stock checkpoint has none.
         faults: MissingFile, TruncatedFile, WrongBits or SystemCallFailed, by file and offset.
+        crcs_checked: Of a stock checkpoint, how many parts of records were held against their CRC; torch writes one
+            for each unless it was told not to.
     """
 
     path: str
@@ -46,6 +56,7 @@ class VerifyReport:
     bytes: int
     hashes_checked: bool
     faults: tuple[CkptdError, ...]
+    crcs_checked: int = 0
 
     @property
     def good(self) -> bool:
@@ -54,14 +65,20 @@ class VerifyReport:
 
 
 def verify_checkpoint(
-    path: str, *, threads: int = 4, progress: Callable[[int, int], None] | None = None
+    path: str,
+    *,
+    threads: int = THREADS,
+    progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> VerifyReport:
-    """Check that the checkpoint in a directory is what was saved.
+    """Check that the checkpoint in a directory is what was saved. It is not removed by retention meanwhile.
 
     Args:
         path: The directory.
         threads: How many read and hash at a time; each holds a buffer of 8 MiB.
         progress: Called in this thread with bytes done and bytes in all, now and then and at the end.
+        share: ``(n, count)``: read only the n-th of so many parts of about the same size, because others read theirs;
+            the index, and the sizes of files, are always looked at.
 
     Returns:
         The faults and what was looked at.
@@ -72,22 +89,33 @@ def verify_checkpoint(
         Unsupported: A stock checkpoint whose files were transformed; load it with torch.
         SystemCallFailed: The index cannot be read.
     """
-    index = read_index(path)
+    with reading(path):
+        return _verify(read_index(path), path, threads=threads, progress=progress or (lambda *_: None), share=share)
+
+
+def _verify(
+    index: Index, path: str, *, threads: int, progress: Callable[[int, int], None], share: tuple[int, int]
+) -> VerifyReport:
     payload_bytes = int((index.data_bytes if index.has_hashes else index.record_bytes).sum())
     faults, readable = _check_files(index, path)
-    done_bytes = 0
+    done_bytes = crcs = 0
+    mine = slice(share[0], None, share[1])
+    with (
+        contextlib.closing(_Verifier(index, path, readable)) as verifier,
+        ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool,
+    ):
+        check = verifier.check if index.has_hashes else verifier.check_records
+        for found in pool.map(check, list(_batches(index, readable))[mine]):
+            faults += found.faults
+            crcs += found.crcs
+            done_bytes += found.read_bytes
+            progress(done_bytes, payload_bytes)
     if index.has_hashes:
-        verifier = _Verifier(index, path)
-        with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="ckptd-verify") as pool:
-            for read_bytes, found in pool.map(verifier.check, _batches(index, readable)):
-                faults += found
-                done_bytes += read_bytes
-                if progress is not None:
-                    progress(done_bytes, payload_bytes)
-        faults += _check_frames(index, path) + _check_metadata(index, path)
-    if progress is not None and done_bytes < payload_bytes:
+        faults += _check_frames(index, path, range(len(index.files))[mine])
+        faults += _check_metadata(index, path) if share[0] == 0 else []
+    if done_bytes < payload_bytes:
         progress(payload_bytes, payload_bytes)
-    return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults))
+    return VerifyReport(path, len(index.item_name), payload_bytes, index.has_hashes, tuple(faults), crcs)
 
 
 def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
@@ -109,10 +137,12 @@ def _check_files(index: Index, path: str) -> tuple[list[CkptdError], Int64]:
     return faults, np.flatnonzero(record_ends <= found_bytes[index.item_file])
 
 
-def _check_frames(index: Index, path: str) -> list[CkptdError]:
+def _check_frames(index: Index, path: str, rows: range) -> list[CkptdError]:
     """Return what is wrong with the bytes around the payloads: record headers, tails and padding."""
     faults: list[CkptdError] = []
-    for row, expected in enumerate(frame_hashes(index)):
+    expected_hashes = frame_hashes(index)
+    for row in rows[: len(expected_hashes)]:
+        expected = expected_hashes[row]
         file = f"{path}/{index.files[row]}"
         size = _file_bytes(file)
         if isinstance(size, CkptdError):
@@ -157,9 +187,12 @@ def _file_bytes(file: str) -> int | CkptdError:
 
 def _batches(index: Index, items: Int64) -> Iterator[Int64]:
     """Yield the items by file and offset, as many together as one read covers."""
-    items = items[np.lexsort((index.data_offset[items], index.item_file[items]))]
-    files, begins = index.item_file[items], index.data_offset[items]
-    ends = begins + index.data_bytes[items]
+    offsets, lengths = (
+        (index.data_offset, index.data_bytes) if index.has_hashes else (index.record_offset, index.record_bytes)
+    )
+    items = items[np.lexsort((offsets[items], index.item_file[items]))]
+    files, begins = index.item_file[items], offsets[items]
+    ends = begins + lengths[items]
     first = 0
     while first < len(items):
         # Begins are sorted, ends need not be: take what begins within the read, then cut.
@@ -172,65 +205,108 @@ def _batches(index: Index, items: Int64) -> Iterator[Int64]:
         first = last
 
 
-class _Verifier:
-    """Reads and hashes batches of items; one per checkpoint, used by several threads."""
+@dataclass(frozen=True)
+class _Found:
+    """What came of one batch."""
 
-    def __init__(self, index: Index, path: str) -> None:
+    read_bytes: int
+    faults: list[CkptdError]
+    crcs: int = 0
+
+
+class _Verifier:
+    """Reads and hashes batches of items; one per checkpoint, used by several threads.
+
+    Args:
+        index: The checkpoint's index.
+        path: Its directory.
+        readable: The items whose bytes are all there.
+    """
+
+    def __init__(self, index: Index, path: str, readable: Int64) -> None:
         self._index = index
         self._path = path
         self._local = threading.local()
+        self._opening = threading.Lock()
+        self._files: dict[int, DiskFile] = {}
+        self._ends = np.zeros(len(index.files), np.int64)
+        np.maximum.at(self._ends, index.item_file[readable], (index.data_offset + index.data_bytes)[readable])
 
-    def check(self, items: Int64) -> tuple[int, list[CkptdError]]:
-        """Return payload bytes and faults of items of one file, in order of offset."""
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _open(self, row: int) -> DiskFile:
+        """Return a file, which is read past the page cache where it is not in it."""
+        with self._opening:
+            if row not in self._files:
+                self._files[row] = DiskFile(f"{self._path}/{self._index.files[row]}", 0, int(self._ends[row]))
+            return self._files[row]
+
+    def check_records(self, items: Int64) -> _Found:
+        """Hold records of stock's, all of one file, against the CRCs in them."""
         index = self._index
-        file = f"{self._path}/{index.files[int(index.item_file[items[0]])]}"
+        file = self._file_of(items)
+        faults: list[CkptdError] = []
+        crcs = 0
+        try:
+            descriptor = named("open", file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        except CkptdError as error:
+            return _Found(0, [error])
+        try:
+            for item in items.tolist():
+                begin, nbytes = int(index.record_offset[item]), int(index.record_bytes[item])
+                try:
+                    crcs += check_record(descriptor, file, begin, nbytes)
+                except WrongRecord:
+                    faults.append(WrongBits(file, index.names[int(index.item_name[item])], begin))
+                except CkptdError as error:
+                    faults.append(error)
+        finally:
+            os.close(descriptor)
+        return _Found(int(index.record_bytes[items].sum()), faults, crcs)
+
+    def _file_of(self, items: Int64) -> str:
+        return f"{self._path}/{self._index.files[int(self._index.item_file[items[0]])]}"
+
+    def check(self, items: Int64) -> _Found:
+        """Hold items of one file, in order of offset, against their hashes."""
+        index = self._index
         begins = index.data_offset[items]
         lengths = index.data_bytes[items]
         nbytes = int(lengths.sum())
         try:
-            descriptor = named("open", file, lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-            try:
-                hashes = self._hashes(descriptor, file, begins.tolist(), lengths.tolist())
-            finally:
-                os.close(descriptor)
+            file = self._open(int(index.item_file[items[0]]))
+            hashes = self._hashes(file, begins.tolist(), lengths.tolist())
         except CkptdError as error:
-            return nbytes, [error]
+            return _Found(nbytes, [error])
         wrong = np.flatnonzero(np.fromiter(hashes, np.uint64, len(items)) != index.item_hash[items])
-        return nbytes, [
-            WrongBits(file, index.names[int(index.item_name[items[row]])], int(begins[row])) for row in wrong.tolist()
+        names = [index.names[int(index.item_name[items[row]])] for row in wrong.tolist()]
+        faults = [
+            WrongBits(self._file_of(items), name, int(begins[row]))
+            for name, row in zip(names, wrong.tolist(), strict=True)
         ]
+        return _Found(nbytes, [*faults])
 
-    def _hashes(self, descriptor: int, file: str, begins: list[int], lengths: list[int]) -> Iterable[int]:
-        buffer = self._buffer()
-        if lengths[0] > len(buffer):
+    def _hashes(self, file: DiskFile, begins: list[int], lengths: list[int]) -> Iterable[int]:
+        end = max(begin + length for begin, length in zip(begins, lengths, strict=True))
+        if end - begins[0] > READ_BYTES:
             digest = xxhash.xxh3_64()
-            end = begins[0] + lengths[0]
-            for offset in range(begins[0], end, len(buffer)):
-                part = buffer[: min(len(buffer), end - offset)]
-                _read(descriptor, part, offset, file)
-                digest.update(part)
+            for offset in range(begins[0], end, READ_BYTES):
+                digest.update(self._read(file, offset, min(offset + READ_BYTES, end)))
             return [digest.intdigest()]
         first = begins[0]
-        end = max(begin + length for begin, length in zip(begins, lengths, strict=True))
-        _read(descriptor, buffer[: end - first], first, file)
+        data = self._read(file, first, end)
         return [
-            xxhash.xxh3_64_intdigest(buffer[begin - first : begin - first + length])
+            xxhash.xxh3_64_intdigest(data[begin - first : begin - first + length])
             for begin, length in zip(begins, lengths, strict=True)
         ]
 
-    def _buffer(self) -> memoryview:
+    def _read(self, file: DiskFile, begin: int, end: int) -> memoryview:
+        """Return a range of a file, in this thread's buffer. Raises TruncatedFile, SystemCallFailed."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(bytearray(READ_BYTES))
+            self._local.buffer = huge_buffer(READ_BYTES + 2 * BLOCK_BYTES)
         buffer: memoryview = self._local.buffer
-        return buffer
-
-
-def _read(descriptor: int, target: memoryview, offset: int, file: str) -> None:
-    """Fill ``target`` from the file. Raises TruncatedFile at its end, or SystemCallFailed."""
-    done = 0
-    while done < len(target):
-        call = partial(os.preadv, descriptor, [target[done:]], offset + done)
-        got = named("preadv", file, call)
-        if got == 0:
-            raise TruncatedFile(file, offset + len(target), offset + done)
-        done += got
+        target = buffer[: end - begin]
+        return target if file.fill(begin, [target]) else file.view(begin, end, buffer)

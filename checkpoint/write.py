@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.frame import frame_hash, frame_ranges
 from ckptd.checkpoint.items import Int64
-from ckptd.checkpoint.system import named, preallocate
+from ckptd.checkpoint.system import closed_at_end, named, preallocate
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
@@ -85,38 +85,37 @@ def write_image(
         DiskFull: The volume has too little room; nothing was written.
         SystemCallFailed: A call failed; the file is incomplete.
     """
-    _check_room(os.path.dirname(path), image.nbytes)
-    descriptor, direct = _open(path)
+    check_room(os.path.dirname(path), image.nbytes)
+    descriptor, direct = open_image(path)
     reach(CrashPoint.WORKER_FILE_OPENED)
-    try:
+    with closed_at_end(descriptor, path):
         preallocate(descriptor, image.nbytes, path)
         begun = time.perf_counter()
-        writing = _Writing(path, descriptor, image, items, pace.chunk_bytes, on_progress)
+        writing = Writing(path, descriptor, image, items, pace.chunk_bytes, on_progress)
         writing.direct = direct
-        with ThreadPoolExecutor(pace.threads, thread_name_prefix="ckptd-write") as pool:
-            for done in [pool.submit(writing.run) for _ in range(pace.threads)]:
-                done.result()  # the first failure is raised; the others stop at their next chunk
+        writing.run_all(pace.threads)
         ranges = frame_ranges(items.offsets[items.indexed], items.lengths[items.indexed], image.nbytes)
         frame = frame_hash(ranges, lambda begin, end: image[begin:end])
         written = time.perf_counter()
         reach(CrashPoint.WORKER_WRITTEN)
         named("fsync", path, lambda: os.fsync(descriptor))
         synced = time.perf_counter()
-    finally:
-        os.close(descriptor)
     reach(CrashPoint.WORKER_FSYNCED)
     return Written(image.nbytes, writing.hashes, frame, written - begun, synced - written, writing.direct)
 
 
-def _check_room(directory: str, wanted_bytes: int) -> None:
+def check_room(directory: str, wanted_bytes: int) -> None:
+    """Raise DiskFull if a directory's volume has fewer bytes free."""
     volume = named("statvfs", directory, lambda: os.statvfs(directory))
     free = volume.f_bavail * volume.f_frsize
-    if free < wanted_bytes:
+    # A volume of no blocks at all does not tell: ramfs, and some that lie behind FUSE.
+    if volume.f_blocks and free < wanted_bytes:
         raise DiskFull(directory, wanted_bytes, free)
 
 
-def _open(path: str) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+def open_image(path: str, *, new: bool = True) -> tuple[int, bool]:
+    """Return the descriptor of an image's file, made or emptied if it is to be ``new``, and whether it is direct."""
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if new else 0)
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666), True
     except OSError as error:
@@ -125,8 +124,14 @@ def _open(path: str) -> tuple[int, bool]:
     return named("open", path, lambda: os.open(path, flags, 0o666)), False
 
 
-class _Writing:
-    """One image on its way, shared by the threads."""
+class Writing:
+    """One image, or a part of one, on its way: shared by the threads.
+
+    Attributes:
+        hashes: xxh3-64 of each item.
+        direct: Whether the page cache is passed by.
+        file_offset: Where the first byte goes.
+    """
 
     def __init__(
         self,
@@ -140,6 +145,7 @@ class _Writing:
         self.path, self.descriptor, self.image = path, descriptor, image
         self.hashes = np.zeros(len(items.offsets), np.uint64)
         self.direct = True
+        self.file_offset = 0
         self._offsets, self._lengths = items.offsets.tolist(), items.lengths.tolist()
         self._chunks = self._plan_chunks(items.offsets, chunk_bytes)
         self._on_progress = on_progress
@@ -153,6 +159,12 @@ class _Writing:
             end = min(begin + chunk_bytes, self.image.nbytes)
             first, last = np.searchsorted(offsets, [begin, end])
             yield begin, end, int(first), int(last)
+
+    def run_all(self, threads: int) -> None:
+        """Write everything from several threads. Raises SystemCallFailed."""
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckptd-write") as pool:
+            for done in [pool.submit(self.run) for _ in range(threads)]:
+                done.result()  # the first failure is raised; the others stop at their next chunk
 
     def run(self) -> None:
         """Write chunks until there are no more, or another thread has failed."""
@@ -183,7 +195,7 @@ class _Writing:
     def _pwrite(self, begin: int, end: int) -> int:
         direct = self.direct  # as it was before the call: another thread may go buffered meanwhile
         try:
-            return os.pwrite(self.descriptor, self.image[begin:end], begin)
+            return os.pwrite(self.descriptor, self.image[begin:end], self.file_offset + begin)
         except OSError as error:
             if error.errno == errno.EINVAL and direct:
                 # The file system took O_DIRECT at open but refuses it at the write, or a short write left us

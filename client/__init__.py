@@ -73,11 +73,15 @@ from ckptd.checkpoint.storage.extensions import ExtensionRegistry, ZStandard
 from ckptd.checkpoint.storage.filesystem import FileSystemReader, FileSystemWriter, SerializationFormat
 from ckptd.checkpoint.storage.objects import FsspecReader, FsspecWriter
 from ckptd.client import logging_handlers, state_dict
+from ckptd.client.drain import DrainReport, drain
 from ckptd.client.failures import CheckpointException
 from ckptd.client.futures import SaveFuture, SaveProgress
 from ckptd.client.load_optimizer import load_sharded_optimizer_state_dict
-from ckptd.client.load_report import LoadReport
+from ckptd.client.load_report import LoadReport, PassedOver
 from ckptd.client.loader import load, load_state_dict
+from ckptd.client.manager import CheckpointManager
+from ckptd.client.manager_options import CheckpointInfo, ManagerOptions, Restored
+from ckptd.client.preemption import PreemptionHandler, install_preemption_handler
 from ckptd.client.saver import async_save, save, save_state_dict
 from ckptd.client.session import Session
 from ckptd.client.sessions import connect, wait_for_staging
@@ -94,12 +98,15 @@ __all__ = [
     "BytesIOWriteData",
     "BytesStorageMetadata",
     "CheckpointException",
+    "CheckpointInfo",
+    "CheckpointManager",
     "ChunkStorageMetadata",
     "CkptdError",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
     "DefaultStager",
     "DictValueType",
+    "DrainReport",
     "DynamicMetaLoadPlanner",
     "EmptyStateDictLoadPlanner",
     "Extension",
@@ -117,12 +124,16 @@ __all__ = [
     "LoadPlan",
     "LoadPlanner",
     "LoadReport",
+    "ManagerOptions",
     "Metadata",
     "MetadataIndex",
     "OptimizerStateType",
+    "PassedOver",
+    "PreemptionHandler",
     "PrimitiveType",
     "QuantizedHuggingFaceStorageReader",
     "ReadItem",
+    "Restored",
     "SaveFuture",
     "SavePlan",
     "SavePlanner",
@@ -153,12 +164,14 @@ __all__ = [
     "create_default_local_save_plan",
     "create_read_items_for_chunk_list",
     "dcp_to_torch_save",
+    "drain",
     "errors",
     "find_state_dict_object",
     "find_tensor_shard",
     "get_model_state_dict",
     "get_optimizer_state_dict",
     "get_state_dict",
+    "install_preemption_handler",
     "load",
     "load_sharded_optimizer_state_dict",
     "load_state_dict",

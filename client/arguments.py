@@ -21,6 +21,7 @@ from ckptd.client.handover import HANDED_OVER, HandOver, metadata_told
 from ckptd.client.options import SaveRequest
 from ckptd.protocol.errors import BadIndex, Unsupported
 from ckptd.protocol.messages import Committed
+from ckptd.protocol.retention_messages import Keep
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -56,10 +57,25 @@ def save_request(
     path = _native_path(checkpoint_id, known)
     if settings is None or path is None:
         hand_over = _hand_over(checkpoint_id, known, planner)
-        return SaveRequest(_told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over)
+        return SaveRequest(
+            _told_as(hand_over), HANDED_OVER, False, True, metadata_told, background, hand_over=hand_over
+        )
     flat, lowest = not settings.flatten_state_dict, settings.dedup_save_to_lowest_rank
     overwrite = not isinstance(known, FileSystemWriter) or known.overwrite
     return SaveRequest(path, plan_settings(flat=flat, lowest=lowest), flat, overwrite, _read_metadata, background)
+
+
+def manager_request(path: str, *, background: bool, user: str, keep: Keep | None) -> SaveRequest:
+    """Return what a checkpoint manager asks for: a save in ckptd's own way, with what the user says of it.
+
+    Args:
+        path: Absolute path of the checkpoint.
+        background: Whether the call shall return before all is staged.
+        user: What is stored with the checkpoint.
+        keep: What of its folder is kept after the commit.
+    """
+    settings = plan_settings(flat=False, lowest=False)
+    return SaveRequest(path, settings, False, True, _read_metadata, background, user, keep)
 
 
 def check_kind(name: str, value: object, kind: type[Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from ckptd.protocol.paths import attach_socket, runtime_dir
 _SYSTEM_RUNTIME: Final = "/run/ckptd"
 _POLL_S: Final = 0.005
 _LOG_NAME: Final = "embedded.log"
+_PEER_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid. Source: unix(7), SO_PEERCRED
 
 
 def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
@@ -34,6 +36,8 @@ def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
     for place in _places():
         connection = _try(place)
         if connection is not None:
+            if not os.environ.get("CKPTD_RUNTIME_DIR"):
+                _check_owner(connection, place)
             return connection, place
     if os.environ.get("CKPTD_EMBEDDED", "1") == "0":
         raise DaemonUnavailable(own, "CKPTD_EMBEDDED=0 forbids to start one; run `ckptd serve` or unset it")
@@ -91,6 +95,19 @@ def _try(runtime: str, *, timeout_s: float | None = None) -> socket.socket | Non
         connection.close()
         raise DaemonUnavailable(runtime, f"{error.strerror}; check the owner of this directory") from None
     return connection
+
+
+def _check_owner(connection: socket.socket, runtime: str) -> None:
+    """Refuse a stranger's socket: anybody may make /tmp/ckptd-UID before its user does.
+
+    Raises:
+        DaemonUnavailable: Whoever listens is neither this user nor root.
+    """
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    uid = _PEER_CREDENTIALS.unpack(raw)[1]
+    if uid not in (0, os.geteuid()):
+        connection.close()
+        raise DaemonUnavailable(runtime, f"uid {uid} listens there, who is a stranger; set CKPTD_RUNTIME_DIR")
 
 
 def _start(runtime: str, *, timeout_s: float) -> socket.socket:

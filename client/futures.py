@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from ckptd.protocol.errors import CkptdError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+# The saves of this process that have not ended, in the order in which they were begun. Who runs them holds them.
+_open: weakref.WeakValueDictionary[int, SaveFuture] = weakref.WeakValueDictionary()
 
 SaveState = Literal["scheduled", "staged", "committed", "failed"]
 
@@ -52,6 +57,8 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
         self._progress = SaveProgress(0, 0)
         self.set_running_or_notify_cancel()
         self.staging_completion.set_running_or_notify_cancel()
+        _open[id(self)] = self
+        self.add_done_callback(_close)
 
     @property
     def upload_completion(self) -> SaveFuture:
@@ -96,7 +103,7 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
 
     def note_staged(self, bytes_total: int) -> None:
         """The last byte is staged."""
-        if not self.done():
+        if not self.done() and not self._progress.bytes_done:  # of a save in waves, much is written by now
             self._progress = SaveProgress(0, bytes_total)
         with contextlib.suppress(InvalidStateError):
             self.staging_completion.set_result(None)
@@ -126,6 +133,30 @@ class SaveFuture(Future):  # type: ignore[type-arg]  # Future is generic only fo
     def _tell(self, phase: Literal["commit", "fail"], *, nbytes: int = 0, error: CkptdError | None = None) -> None:
         seconds = time.monotonic() - self._begun_s
         note("save", phase, self.checkpoint_id, self.rank, seconds, nbytes=nbytes, error=error)
+
+
+def failed_save(checkpoint_id: str, error: CkptdError) -> SaveFuture:
+    """Return the future of a save that could not even be begun."""
+
+    def no_metadata() -> Metadata:
+        raise error
+
+    save = SaveFuture(checkpoint_id, no_metadata)
+    save.note_failed(error)
+    return save
+
+
+def open_saves() -> list[SaveFuture]:
+    """Return the saves of this process that have not ended, the oldest first."""
+    return list(_open.values())
+
+
+def _close(save: Future[Metadata]) -> None:
+    _open.pop(id(save), None)
+
+
+# A forked child has none of its parent's saves.
+os.register_at_fork(after_in_child=_open.clear)
 
 
 def _kept(error: CkptdError) -> CkptdError:

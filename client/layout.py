@@ -10,13 +10,15 @@ from ckptd.checkpoint.collector import collector_paused
 from ckptd.checkpoint.items import LocalPlan
 from ckptd.checkpoint.layout import Layout, item_records, make_layout
 from ckptd.checkpoint.metadata import torch_dtype
+from ckptd.checkpoint.user_data import MOST_BYTES
 from ckptd.client.snapshot import Structure
 from ckptd.staging.arena import ALIGNMENT_BYTES
 from ckptd.staging.dtypes import OBJECT
 from ckptd.staging.views import Placed
 
-# Room for the encoded seal: fixed fields and a checkpoint id of at most 4096 bytes, and 8 bytes for each object.
-_SEAL_BYTES = 8192
+# Room for the encoded seal: fixed fields and a checkpoint id of at most 4096 bytes, what the user says of the
+# checkpoint, and 8 bytes for each object.
+_SEAL_BYTES = 8192 + MOST_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class RankLayout:
     image_bytes: int
     control_bytes: int
     code_offset: int | None = None  # of a hand-over: where the pickle begins in the image
+    job_bytes: int = 0  # size of the images of all ranks
 
     def code_bytes(self, object_bytes: bytes) -> int:
         """Return the length of a hand-over's pickle, which is its one object; 0 of any other save."""
@@ -50,7 +53,9 @@ class RankLayout:
         return self.control_bytes + self.image_bytes
 
 
-def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigned: bytes) -> RankLayout:
+def make_rank_layout(
+    structure: Structure, digest: str, plan: LocalPlan, assigned: bytes, *, job_bytes: int = 0
+) -> RankLayout:
     """Return the layout of the items that the daemon assigned.
 
     Args:
@@ -58,6 +63,7 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
         digest: The plan's digest.
         plan: What this rank holds.
         assigned: int64 column of the positions that it stages.
+        job_bytes: Size of the images of all ranks in bytes.
     """
     items = np.frombuffer(assigned, dtype="<i8")
     layout = make_layout(plan, items)
@@ -65,7 +71,7 @@ def make_rank_layout(structure: Structure, digest: str, plan: LocalPlan, assigne
         placed = _placed(plan, layout)
     objects = sum(item.dtype is None for item in placed)
     control_bytes = -(-(_SEAL_BYTES + 8 * objects) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return RankLayout(structure, digest, items.tolist(), placed, layout.image_bytes, control_bytes)
+    return RankLayout(structure, digest, items.tolist(), placed, layout.image_bytes, control_bytes, job_bytes=job_bytes)
 
 
 def _placed(plan: LocalPlan, layout: Layout) -> list[Placed]:

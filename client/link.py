@@ -21,6 +21,10 @@ import zmq
 
 from ckptd.client.embedded import open_attach_socket, reopen_attach_socket
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.errors import (
     BadMessage,
     CkptdError,
@@ -39,14 +43,12 @@ from ckptd.protocol.messages import (
     Attached,
     AttachReply,
     AttachRequest,
-    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
     Echo,
     Heartbeat,
     OpenArena,
-    OpenCache,
     Refused,
     Resume,
 )
@@ -110,7 +112,7 @@ class Link:
         self._lost = False
         self._resumed = threading.Condition()
         self._times_resumed = 0
-        self._resuming = False
+        self.resuming = False  # the daemon is gone, and its successor is waited for
         self._stop_waiting = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ckptd-link", daemon=True)
         self._thread.start()
@@ -249,7 +251,7 @@ class Link:
     def _resume(self) -> bool:
         """Find the daemon's successor and go on with the session there; return whether that worked in time."""
         deadline = time.monotonic() + self._timeouts.reconnect_s
-        self._resuming = True
+        self.resuming = True
         while not self._closing and (left_s := deadline - time.monotonic()) > 0:
             try:
                 connection = reopen_attach_socket(
@@ -277,7 +279,7 @@ class Link:
         if not isinstance(reply, Attached):
             raise BadMessage("no session in answer to a resumption")
         self.attached = reply
-        self._resuming = False
+        self.resuming = False
         with self._resumed:
             self._times_resumed += 1
             self._resumed.notify_all()

@@ -68,7 +68,7 @@ def _look(path: str, index: Index, items: Sequence[int], opener: Opener | None) 
     """Return offset and length of the values of each item in a file, or None."""
     places = [(int(index.record_offset[item]), int(index.record_bytes[item])) for item in items]
     try:
-        descriptor = (opener or os.open)(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = (opener or os.open)(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return [None] * len(items)  # the reads to come tell what is wrong with it
     try:

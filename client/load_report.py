@@ -27,6 +27,19 @@ class Difference:
         return f"{self.name} (wanted {self.wanted}, stored {self.stored})"
 
 
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A damaged checkpoint that a load with ``fallback=True`` did not take.
+
+    Attributes:
+        path: Its directory.
+        reason: What is wrong with it.
+    """
+
+    path: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """What was loaded, and what was not. All but bytes, source and time is known before a byte is read.
@@ -44,6 +57,7 @@ class LoadReport:
         needed_bytes: What had to come from the checkpoint.
         read_bytes: What was brought for that, gaps between ranges and rounding to blocks included; the index not.
         seconds: From the call to its end.
+        passed_over: Newer checkpoints that were damaged, with ``fallback=True``; ``path`` is the one that was loaded.
     """
 
     path: str
@@ -57,6 +71,7 @@ class LoadReport:
     needed_bytes: int = 0
     read_bytes: int = 0
     seconds: float = 0.0
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def complete(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.read import ReadCount, read_all
 from ckptd.checkpoint.read_files import Disk, Source
+from ckptd.checkpoint.reading import reading
 from ckptd.client.load_plan import LoadPlan
 from ckptd.client.retained import RetainedSave, open_retained
 from ckptd.protocol.errors import RequestError, StorageError, Unsupported
@@ -86,7 +88,7 @@ def of_one_save(path: str, sources: Sources, attempt: Callable[[CheckpointDirect
     """Return what an attempt brings from a checkpoint that nobody has replaced or written into meanwhile.
 
     Args:
-        path: Directory of the checkpoint.
+        path: Directory of the checkpoint, which the caller holds (:mod:`ckptd.checkpoint.reading`).
         sources: Where else bytes may come from; the first attempt gets them.
         attempt: Reads the checkpoint; called again, with the disk alone, if what it read may be of two saves.
 
@@ -95,7 +97,9 @@ def of_one_save(path: str, sources: Sources, attempt: Callable[[CheckpointDirect
         StorageError, RequestError: Of an attempt; what it read was one checkpoint, or it was the last.
     """
     for number in range(_ATTEMPTS):
-        with CheckpointDirectory(path) as directory:
+        # The caller holds what is there at first.
+        held = reading(path) if number else contextlib.nullcontext()
+        with held, CheckpointDirectory(path) as directory:
             try:
                 result = attempt(directory, ONLY_DISK if number else sources)
             except (StorageError, RequestError):

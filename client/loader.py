@@ -17,10 +17,13 @@ from typing_extensions import deprecated
 
 from ckptd.checkpoint.planners.load import DefaultLoadPlanner
 from ckptd.checkpoint.planners.settings import load_settings
+from ckptd.checkpoint.reading import reading
 from ckptd.checkpoint.storage.filesystem import FileSystemReader
 from ckptd.checkpoint.storage.select import reader_for
 from ckptd.client.arguments import CheckpointId, check_kind, path_of
+from ckptd.client.exchange import place_in
 from ckptd.client.failures import as_checkpoint_failure
+from ckptd.client.fallback import Wanted, candidates_at, load_newest_good
 from ckptd.client.load import load_into
 from ckptd.client.load_generic import load_with
 from ckptd.client.load_match import LoadRules
@@ -49,10 +52,11 @@ def load(
     strict: Strict = True,
     convert_dtype: bool = True,
     verify: bool = True,
+    fallback: bool = False,
 ) -> LoadReport | None:
     """Load a checkpoint into a state dict, in place; ours and stock's alike.
 
-    The arguments are those of `torch.distributed.checkpoint.load`, and three more. Ranks read what they need each for
+    The arguments are those of `torch.distributed.checkpoint.load`, and four more. Ranks read what they need each for
     itself: no collective runs, so ``process_group`` and ``no_dist`` matter only to planners and readers of your own.
     A job's last save is read from shared memory, as long as a daemon of this node still holds it.
 
@@ -68,6 +72,10 @@ def load(
         convert_dtype: Whether tensors of another dtype are converted, as by torch; or are a mismatch.
         verify: Hold items that are read whole against the hashes they were saved with; of an item of which only a part
             is wanted, as when resharding, the hash cannot be known.
+        fallback: Take the newest checkpoint that is good: ``checkpoint_id`` is a folder of checkpoints, or one of them
+            with its step in its name, behind which the older ones of its folder come. Each is verified as a whole
+            before anything is touched; all ranks must make the call, and all take the same. What was passed over is
+            in the report, a warning in the log, and a ``fallback`` event each.
 
     Returns:
         What was loaded, and which keys are missing, unexpected, mismatched or converted; None where a planner or reader
@@ -77,6 +85,7 @@ def load(
         UnknownCheckpoint: There is no checkpoint under this id.
         MissingKeys, Mismatch: The state dict does not fit the checkpoint; no byte was read and nothing changed.
         WrongBits, TruncatedFile, MissingFile: The checkpoint is damaged; load another one.
+        NoGoodCheckpoint: With ``fallback``, all checkpoints there are damaged.
         Unsupported: The arguments do not go together, or others save into the checkpoint all the while.
 
         All but the last are a `CheckpointException` too, as torch's errors are.
@@ -90,18 +99,26 @@ def load(
         rules = LoadRules(strict=strict, partial=settings.allow_partial_load, convert_dtype=convert_dtype)
         flat = not settings.flatten_state_dict
         session = live_session(process_group, no_dist=no_dist)
-        with Phases("load", path), cache_of(session) as cache:  # the first tells of a failure
-            sources = Sources.of(path, session, cache)
-            return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, sources=sources)
-    if rules != LoadRules() or not verify:
-        what = "strict, convert_dtype or verify with a planner or reader of your own, or an object store"
+
+        def load_one(path: str) -> LoadReport:
+            with reading(path), Phases("load", path), cache_of(session) as cache:  # the second tells of a failure
+                sources = Sources.of(path, session, cache)
+                return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, sources=sources)
+
+        if not fallback:
+            return load_one(path)
+        place = place_in(process_group, no_dist=no_dist)
+        # There is a candidate at least: the path itself.
+        return load_newest_good(Wanted(path, lambda: candidates_at(path)), load_one, place=place)
+    if rules != LoadRules() or not verify or fallback:
+        what = "strict, convert_dtype, verify or fallback with a planner or reader of your own, or an object store"
         raise Unsupported(what, "leave them out: planner and reader decide")
     if storage_reader is None:
         if checkpoint_id is None:
             raise Unsupported("a call without an id", "give checkpoint_id or storage_reader")
         storage_reader = reader_for(checkpoint_id)
     where = checkpoint_id or getattr(storage_reader, "path", None) or type(storage_reader).__name__
-    with Phases("load", str(where)) as phases:
+    with reading(str(where)), Phases("load", str(where)) as phases:
         load_with(
             state_dict,
             reader=storage_reader,

@@ -6,7 +6,8 @@ all text. Events go to one logger of their own, :data:`EVENT_LOGGER_NAME`, which
 
     add_handler("mine", MyHandler())  # any logging.Handler; one of the same name is replaced
 
-Phases of a save, in order: plan, stage, seal, then commit or fail. Of a load: plan, read, then finish or fail. ``seal``
+Phases of a save, in order: plan, stage, seal, then commit or fail. Of a load: plan, read, then finish or fail;
+before these, with ``fallback=True``, a fallback for each damaged checkpoint that is passed over. ``seal``
 and what comes before are told by the rank's own process; ``commit`` and ``fail`` in the thread that hears the daemon.
 """
 
@@ -23,7 +24,7 @@ from ckptd.client.failures import own_rank
 EVENT_LOGGER_NAME: Final = "ckptd.events"
 
 Operation = Literal["save", "load"]
-Phase = Literal["plan", "stage", "seal", "commit", "read", "finish", "fail"]
+Phase = Literal["plan", "stage", "seal", "commit", "read", "finish", "fail", "fallback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Event:
         rank: Who says so.
         seconds: How long the phase took; of commit, finish and fail, the whole operation.
         bytes: Staged or read by this rank, or committed by all of them; 0 where it says nothing.
-        error: What went wrong; only of a fail.
+        error: What went wrong; only of a fail or a fallback.
         time: When the phase ended, in seconds since 1970.
     """
 
@@ -55,6 +56,12 @@ class Event:
         return f"{text}: {self.error}" if self.error is not None else f"{text} {self.bytes} bytes"
 
 
+_LEVELS: Final[dict[Phase, int]] = {
+    "commit": logging.INFO,
+    "finish": logging.INFO,
+    "fallback": logging.WARNING,
+    "fail": logging.ERROR,
+}
 _logger: Final = logging.getLogger(EVENT_LOGGER_NAME)
 # Events go to this logger's own handlers and no further: an application's others asked for text, not for events.
 _logger.setLevel(logging.DEBUG)
@@ -66,7 +73,8 @@ def add_handler(name: str, handler: logging.Handler) -> None:
 
     Args:
         name: What :func:`remove_handler` calls it; a handler that was added under this name is replaced.
-        handler: Its level counts: phases are DEBUG, ends are INFO, failures ERROR. What it raises is printed as
+        handler: Its level counts: phases are DEBUG, ends are INFO, fallbacks WARNING, failures
+            ERROR. What it raises is printed as
             `logging` does and harms nothing. It runs in the thread of the save or load, so let it be quick.
     """
     remove_handler(name)
@@ -104,7 +112,7 @@ def note(
     """
     if not _logger.handlers:
         return
-    level = logging.ERROR if phase == "fail" else logging.INFO if phase in {"commit", "finish"} else logging.DEBUG
+    level = _LEVELS.get(phase, logging.DEBUG)
     if not _logger.isEnabledFor(level):
         return
     whose = own_rank() if rank is None else rank

@@ -21,16 +21,18 @@ import numpy as np
 
 from ckptd.checkpoint.columns import Int64
 from ckptd.checkpoint.read_files import Disk, SourceFile, memory_at
-from ckptd.protocol.errors import CkptdError
-from ckptd.protocol.messages import (
+from ckptd.protocol.cache_messages import (
     CacheAnswer,
     CacheBegun,
     CacheClaim,
     CacheDone,
     CacheLeft,
-    CacheMessage,
     CacheSkipped,
     CacheWants,
+)
+from ckptd.protocol.errors import CkptdError
+from ckptd.protocol.messages import (
+    CacheMessage,
 )
 from ckptd.staging.arena import ArenaView
 
@@ -241,9 +243,9 @@ class CachedFile:
             self._cache.send(CacheDone(answer.number, good))
         return data[begin - answer.begin : end - answer.begin]
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Read rows from the disk: ranks that want columns want other ones each."""
-        self._disk.fill_rows(begins, row_bytes, target)
+        self._disk.fill_rows(begins, row_bytes, target, blocks=blocks)
 
     def close(self) -> None:
         """Close the file."""

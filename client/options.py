@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptd.client.handover import HandOver
 from ckptd.client.slots import OnBusy
+from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
 from ckptd.protocol.messages import Committed
+from ckptd.protocol.retention_messages import Keep
 from ckptd.staging.arena import ALIGNMENT_BYTES, MAX_SLOTS
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ class SessionOptions:
     """How a session behaves; see :func:`ckptd.client.connect`."""
 
     on_busy: OnBusy = "wait"
-    staging: Literal["blocking", "background"] = "blocking"
+    staging: Literal["blocking", "background", "waves"] = "blocking"
     slots: int = 2
     slot_bytes: int | None = None
     connect_timeout_s: float = 60.0
@@ -34,8 +36,10 @@ class SessionOptions:
         """Refuse what cannot be, before anything is opened."""
         if self.on_busy not in {"wait", "skip", "fail"}:
             raise Unsupported(f"on_busy={self.on_busy!r}", "give 'wait', 'skip' or 'fail'")
-        if self.staging not in {"blocking", "background"}:
-            raise Unsupported(f"staging={self.staging!r}", "give 'blocking' or 'background'")
+        if self.staging not in {"blocking", "background", "waves"}:
+            raise Unsupported(f"staging={self.staging!r}", "give 'blocking', 'background' or 'waves'")
+        if self.staging == "waves" and self.slot_bytes is None:
+            object.__setattr__(self, "slot_bytes", WAVE_SLOT_BYTES)
         if not 1 <= self.slots <= MAX_SLOTS:
             raise Unsupported(f"slots={self.slots}", f"give 1 to {MAX_SLOTS}; 2 let a save overlap the next")
         if self.slot_bytes is not None and self.slot_bytes < ALIGNMENT_BYTES:
@@ -55,4 +59,6 @@ class SaveRequest:
     overwrite: bool
     read_metadata: Callable[[str, Committed], Metadata]  # checkpoint id and what the daemon told of it -> Metadata
     background: bool
+    user: str = ""  # what is stored with the checkpoint; see ckptd.checkpoint.user_data
+    keep: Keep | None = None  # what of its folder is kept after the commit
     hand_over: HandOver | None = None  # planner and writer that shall do the save in a worker; None: ckptd's own way

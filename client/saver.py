@@ -15,7 +15,7 @@ from typing_extensions import deprecated
 from ckptd.client.arguments import CheckpointId, is_users_stager, save_request, stages_in_background
 from ckptd.client.failures import as_checkpoint_failure
 from ckptd.client.futures import SaveFuture
-from ckptd.client.sessions import session_for
+from ckptd.client.sessions import policy_for, session_for
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -52,12 +52,15 @@ def async_save(
     users_stager = async_stager if is_users_stager(async_stager) else None
     writer = (checkpoint_id, storage_writer)
     request = save_request(writer, planner, background=background)
-    session = session_for(process_group, no_dist=no_dist)
-    if session.options.staging == "background":
-        request = dataclasses.replace(request, background=True)
-    if users_stager is None:
-        return session.save(state_dict, request)
-    return _save_staged_by(users_stager, state_dict, lambda staged: session.save(staged, request))
+
+    def begin() -> SaveFuture:
+        session = session_for(process_group, no_dist=no_dist)
+        mine = dataclasses.replace(request, background=background or session.options.staging == "background")
+        if users_stager is None:
+            return session.save(state_dict, mine)
+        return _save_staged_by(users_stager, state_dict, lambda staged: session.save(staged, mine))
+
+    return policy_for(process_group, no_dist=no_dist).save(begin, checkpoint_id=request.checkpoint_id)
 
 
 @as_checkpoint_failure()
@@ -75,8 +78,11 @@ def save(
     del use_collectives
     writer = (checkpoint_id, storage_writer)
     request = save_request(writer, planner, background=False)
-    session = session_for(process_group, no_dist=no_dist)
-    return session.save(state_dict, request).result()
+
+    def begin() -> SaveFuture:
+        return session_for(process_group, no_dist=no_dist).save(state_dict, request)
+
+    return policy_for(process_group, no_dist=no_dist).save(begin, told=True).result()
 
 
 def _save_staged_by(

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -23,12 +22,19 @@ from ckptd.client.layout import RankLayout, make_rank_layout
 from ckptd.client.link import Link, LinkTimeouts
 from ckptd.client.logging_handlers import note
 from ckptd.client.options import SaveRequest, SessionOptions
+from ckptd.client.room import claim_room
+from ckptd.client.save_under_way import SaveUnderWay, seal_of
 from ckptd.client.slots import Slot, Slots
 from ckptd.client.snapshot import Snapshot, make_local_plan, take_snapshot
+from ckptd.client.waves import Ring, WaveSave, stage_in_waves
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+)
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     CkptdError,
+    DaemonLost,
     DeadlineExceeded,
     SessionClosed,
     SlotTooSmall,
@@ -41,7 +47,6 @@ from ckptd.protocol.messages import (
     Aborted,
     Assigned,
     Attach,
-    CacheAnswer,
     Committed,
     DaemonMessage,
     Fenced,
@@ -65,21 +70,6 @@ _ARENA_STEP_BYTES: Final = 2 << 20
 _DRY_ID: Final = "/plan"
 
 
-@dataclass(eq=False)
-class _Save:
-    """A save under way."""
-
-    sequence: int
-    request: SaveRequest
-    begun_s: float
-    future: SaveFuture
-    snapshot: Snapshot | None = None
-    committed: list[Committed] = field(default_factory=list)  # what the daemon told, once it is
-    plan_s: float = 0.0
-    assigned: Future[Assigned] = field(default_factory=Future)
-    said: bytes = b""  # the last message about it, for the successor of a daemon that may not have got it
-
-
 class Session:
     """An open session.
 
@@ -101,7 +91,7 @@ class Session:
         self.on_cache_news: Callable[[CacheAnswer | None], None] = lambda _: None
         self._staging_one_at_a_time = threading.Lock()
         self._sequence = 0
-        self._saves: dict[int, _Save] = {}
+        self._saves: dict[int, SaveUnderWay] = {}
         self._slots = Slots()
         self._layout: RankLayout | None = None
         self._last_look: Snapshot | None = None
@@ -183,6 +173,8 @@ class Session:
         try:
             save.snapshot = self._look(state_dict, request)
             layout = self._layout_for(save, dry=True)
+            if self._needs_waves(layout):
+                return
             self._make_room(layout)
             for slot in self._take_free_slots():
                 slot.dress(layout)
@@ -225,16 +217,16 @@ class Session:
         self._link.close()
         self._fail_all(SessionClosed("close() was called; the daemon finishes what was staged"))
         self._copier.close()
-        self._slots.drop()
+        self._slots.drop(orphaned=isinstance(self._error, DaemonLost) or self._link.resuming)
 
     # --- the steps of a save -------------------------------------------------------------------------------------
 
-    def _begin(self, request: SaveRequest) -> _Save:
+    def _begin(self, request: SaveRequest) -> SaveUnderWay:
         with self._lock:
             if self._error is not None:
                 raise self._error
             self._sequence += 1
-            save = _Save(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
+            save = SaveUnderWay(self._sequence, request, time.monotonic(), None)  # type: ignore[arg-type]
             # The future must not hold the save that holds it: such rings wait for the collector, and memory creeps up.
             committed = save.committed
             save.future = SaveFuture(
@@ -257,7 +249,7 @@ class Session:
         self._last_look = snapshot.forget()
         return snapshot
 
-    def _stage(self, save: _Save) -> None:
+    def _stage(self, save: SaveUnderWay) -> None:
         """Copy into a slot and seal it. Whatever goes wrong becomes the save's failure, on all ranks."""
         try:
             with self._staging_one_at_a_time:
@@ -270,10 +262,14 @@ class Session:
             self._give_up(save, UnexpectedError("staging was interrupted"))
             raise
 
-    def _stage_now(self, save: _Save) -> None:
+    def _stage_now(self, save: SaveUnderWay) -> None:
         snapshot = save.snapshot
         assert snapshot is not None
         layout = self._layout_for(save)
+        self._claim_room(save, layout)
+        if self._needs_waves(layout):
+            self._stage_in_waves(save, layout, snapshot)
+            return
         self._make_room(layout)
         save.plan_s = time.monotonic() - save.begun_s
         note("save", "plan", save.future.checkpoint_id, self.identity.rank, save.plan_s)
@@ -298,7 +294,27 @@ class Session:
             self._slots.release(slot)
             save.future.note_staged(0)
             return
-        self._seal(save, slot, layout, object_bytes, stage_s)
+        self._seal(save, slot, seal_of(save, slot, layout, object_bytes, stage_s))
+
+    def _needs_waves(self, layout: RankLayout) -> bool:
+        """Whether an image goes through the slots range by range; a hand-over's pickle must be whole in one."""
+        fits = layout.slot_bytes <= self._slots.slot_bytes
+        return self.options.staging == "waves" and layout.code_offset is None and not fits
+
+    def _stage_in_waves(self, save: SaveUnderWay, layout: RankLayout, snapshot: Snapshot) -> None:
+        options, future = self.options, save.future
+        save.plan_s = time.monotonic() - save.begun_s
+        note("save", "plan", future.checkpoint_id, self.identity.rank, save.plan_s)
+        who = (save.sequence, save.request.checkpoint_id, self.identity.rank)
+        waves = WaveSave(*who, options.on_busy, options.busy_timeout_s, future.done)
+        ring = Ring(self._slots, self._copier, self._link.send_encoded)
+        staged = stage_in_waves(waves, layout, snapshot.sources, ring)
+        if staged is None:  # another rank has failed the save meanwhile
+            future.note_staged(0)
+            return
+        note("save", "stage", future.checkpoint_id, self.identity.rank, staged.stage_s, nbytes=layout.image_bytes)
+        seal = seal_of(save, staged.slot, layout, staged.object_bytes, staged.stage_s)
+        self._seal(save, staged.slot, staged.put_into(seal))
 
     def _copy(self, slot: Slot, layout: RankLayout, snapshot: Snapshot) -> bytes:
         """Stage every item and return the column of the objects' lengths."""
@@ -315,36 +331,19 @@ class Session:
         self._copier.copy(pairs)
         return b"".join(length.to_bytes(8, "little") for length in lengths)
 
-    def _seal(self, save: _Save, slot: Slot, layout: RankLayout, object_bytes: bytes, stage_s: float) -> None:
+    def _seal(self, save: SaveUnderWay, slot: Slot, message: Sealed) -> None:
         now = time.monotonic()
-        seal = messages.encode(
-            Sealed(
-                sequence=save.sequence,
-                checkpoint_id=save.request.checkpoint_id,
-                digest=layout.digest,
-                arena=slot.arena.arena,
-                slot=slot.number,
-                control_bytes=layout.control_bytes,
-                image_bytes=layout.image_bytes,
-                object_bytes=object_bytes,
-                plan_s=save.plan_s,
-                stage_s=stage_s,
-                stall_s=save.future.stall_s if save.request.background else now - save.begun_s,
-                overwrite=save.request.overwrite,
-                code_bytes=layout.code_bytes(object_bytes),
-                code_offset=layout.code_offset or 0,
-            )
-        )
+        seal = messages.encode(message)
         save.said = seal
         slot.seal(seal, sequence=save.sequence)
         reach(CrashPoint.CLIENT_SEAL_WRITTEN)
         save.snapshot = None  # what is staged needs no reference to the state dict
-        save.future.note_staged(layout.image_bytes)  # first: an answer may be here before the next line
+        save.future.note_staged(message.image_bytes)  # first: an answer may be here before the next line
         self._link.send_encoded(seal)
         reach(CrashPoint.CLIENT_SEAL_SENT)
         note("save", "seal", save.future.checkpoint_id, self.identity.rank, time.monotonic() - now)
 
-    def _give_up(self, save: _Save, error: CkptdError) -> None:
+    def _give_up(self, save: SaveUnderWay, error: CkptdError) -> None:
         save.snapshot = None
         save.future.note_staging_failed(error)
         if self.live and not save.future.done():
@@ -353,13 +352,13 @@ class Session:
         else:
             save.future.note_failed(error)
 
-    def _say(self, save: _Save, message: Propose | GaveUp) -> None:
+    def _say(self, save: SaveUnderWay, message: Propose | GaveUp) -> None:
         save.said = messages.encode(message)
         self._link.send_encoded(save.said)
 
     # --- layouts and room ----------------------------------------------------------------------------------------
 
-    def _layout_for(self, save: _Save, *, dry: bool = False) -> RankLayout:
+    def _layout_for(self, save: SaveUnderWay, *, dry: bool = False) -> RankLayout:
         """Return the cached layout if the structure is unchanged, else have the daemon plan."""
         snapshot, layout = save.snapshot, self._layout
         assert snapshot is not None
@@ -382,8 +381,18 @@ class Session:
         except TimeoutError:
             raise UnexpectedError("the daemon neither planned nor refused in time") from None
         reach(CrashPoint.CLIENT_ASSIGNED)
-        self._layout = layout = make_rank_layout(structure, digest, plan, assigned.assigned)
+        layout = make_rank_layout(structure, digest, plan, assigned.assigned, job_bytes=assigned.job_bytes)
+        with self._lock:
+            if save.sequence in self._saves:  # else it has failed meanwhile, and nobody knows this plan any more
+                self._layout = layout
         return layout
+
+    def _claim_room(self, save: SaveUnderWay, layout: RankLayout) -> None:
+        """Refuse a save that its volume has no room for, before a byte is staged."""
+        if save.request.hand_over is None:
+            others = [other.claim for other in list(self._saves.values()) if other.claim is not None]
+            marks = f"-{self.incarnation}-{save.sequence}-"
+            save.claim = claim_room(save.request.checkpoint_id, marks, layout.job_bytes, others)
 
     def _make_room(self, layout: RankLayout) -> None:
         if layout.slot_bytes <= self._slots.slot_bytes:
@@ -420,7 +429,7 @@ class Session:
                 if save is not None:
                     self._on_news(save, message)
 
-    def _on_news(self, save: _Save, news: Assigned | Progress | Committed | Aborted) -> None:
+    def _on_news(self, save: SaveUnderWay, news: Assigned | Progress | Committed | Aborted) -> None:
         match news:
             case Assigned():
                 if not save.assigned.done():
@@ -433,11 +442,13 @@ class Session:
                 self._saves.pop(save.sequence, None)
                 save.future.note_committed()
             case Aborted():
-                if news.replan:
-                    self._layout = None
+                with self._lock:
+                    self._saves.pop(save.sequence, None)
+                    if news.replan:
+                        self._layout = None
                 self._end(save, from_report(news.error))
 
-    def _end(self, save: _Save, error: CkptdError) -> None:
+    def _end(self, save: SaveUnderWay, error: CkptdError) -> None:
         self._saves.pop(save.sequence, None)
         save.future.note_failed(error)
         if not save.assigned.done():

@@ -12,15 +12,19 @@ import torch
 import torch.distributed as dist
 
 from ckptd.client.arguments import plan_settings
+from ckptd.client.exchange import place_in
+from ckptd.client.failure_policy import FailureOptions, FailurePolicy
 from ckptd.client.identity import Identity, alone, of_group
 from ckptd.client.options import SessionOptions
 from ckptd.client.session import Session
 from ckptd.client.slots import OnBusy
 from ckptd.protocol.errors import Unsupported
+from ckptd.protocol.failing import OnFailure
 
 _DEFAULT: Final = "default"
 
 _sessions: dict[str, Session] = {}
+_policies: dict[str, FailurePolicy] = {}
 _opening = threading.RLock()
 
 
@@ -32,12 +36,15 @@ def connect(
     world_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
     on_busy: OnBusy = "wait",
-    staging: Literal["blocking", "background"] = "blocking",
+    staging: Literal["blocking", "background", "waves"] = "blocking",
     slots: int = 2,
     slot_bytes: int | None = None,
     connect_timeout_s: float = 60.0,
     busy_timeout_s: float = 600.0,
     progress_timeout_s: float = 300.0,
+    on_failure: OnFailure = "continue",
+    max_consecutive_failures: int | None = None,
+    pause_timeout_s: float = 600.0,
     reconnect_timeout_s: float = 60.0,
 ) -> Session:
     """Open the session ahead of the first save; all ranks must call it alike. Optional.
@@ -50,12 +57,20 @@ def connect(
         process_group: The ranks that save together; the default is the default group, if there is one.
         on_busy: What a save does when all slots are being written: wait (at most ``busy_timeout_s``), skip or fail.
         staging: "blocking": `async_save` returns when the tensors may change. "background": it returns at once, and
-            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`.
-        slots: How many saves can be staged at a time.
-        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict.
+            they may change when ``staging_completion`` is done; see :func:`wait_for_staging`. "waves": as "blocking",
+            but what is larger than a slot goes through the slots part by part, while the parts before it are written:
+            memory stays ``slots`` times ``slot_bytes``, and the call takes as long as the disk does.
+        slots: How many saves can be staged at a time; with "waves", how many parts of one.
+        slot_bytes: Size of a slot in bytes, made now and never enlarged; None sizes it by the first state dict, and
+            with "waves" is 64 MiB.
         connect_timeout_s: How long to wait for the daemon, and for the other ranks, in seconds.
         busy_timeout_s: How long a save waits for a free slot, in seconds.
         progress_timeout_s: A save that has made no progress for so long fails on all ranks, in seconds.
+        on_failure: What the next save call does about a save that failed: "continue" (it is logged, counted and told
+            to whoever listens), "raise" it, or "pause": save again and again, until that works or
+            ``pause_timeout_s`` have passed. The tensors of a pausing call are those that it was given.
+        max_consecutive_failures: After so many failures in a row the next save call raises SavesFailing.
+        pause_timeout_s: See ``on_failure``, in seconds.
         reconnect_timeout_s: How long to wait for the successor of a daemon that went away, in seconds. It goes on with
             what is under way; without one, the saves under way fail.
 
@@ -74,6 +89,12 @@ def connect(
         progress_timeout_s=progress_timeout_s,
         reconnect_timeout_s=reconnect_timeout_s,
     )
+    failing = FailureOptions(
+        on_failure=on_failure,
+        max_consecutive_failures=max_consecutive_failures,
+        pause_timeout_s=pause_timeout_s,
+        catches=on_failure == "pause",
+    )
     if (rank is None) != (world_size is None):
         raise Unsupported("rank without world_size, or the other way round", "give both or neither")
     with _opening:
@@ -88,6 +109,7 @@ def connect(
         _drop(key)
         session = Session(identity, options)
         _sessions[key] = session
+        _policies[key] = FailurePolicy(failing, place=lambda: place_in(process_group, no_dist=False))
     if state_dict is not None:
         session.prepare(state_dict, settings=plan_settings(flat=False, lowest=False))
     return session
@@ -126,6 +148,12 @@ def session_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session:
         return session
 
 
+def policy_for(group: dist.ProcessGroup | None, *, no_dist: bool) -> FailurePolicy:
+    """Return what the saves of a group of ranks do about failures, as `connect` was told."""
+    unasked = FailurePolicy(FailureOptions(), place=lambda: place_in(group, no_dist=no_dist))
+    return _policies.setdefault(_key(group, no_dist=no_dist), unasked)
+
+
 def live_session(group: dist.ProcessGroup | None, *, no_dist: bool) -> Session | None:
     """Return the session of a group of ranks if there is a live one; opens none."""
     session = _sessions.get(_key(group, no_dist=no_dist))
@@ -147,6 +175,7 @@ def _identity(group: dist.ProcessGroup | None, *, job: str | None, timeout_s: fl
 
 
 def _drop(key: str) -> None:
+    _policies.pop(key, None)
     session = _sessions.pop(key, None)
     if session is not None:
         session.close()
@@ -160,4 +189,5 @@ def close_all() -> None:
 
 # A forked child (a data loader's worker) must not speak in its parent's name.
 os.register_at_fork(after_in_child=_sessions.clear)
+os.register_at_fork(after_in_child=_policies.clear)
 atexit.register(close_all)

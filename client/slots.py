@@ -39,6 +39,10 @@ class Slot:
             self.layout = layout
         return self._dressed
 
+    def undress(self) -> None:
+        """Forget what the slot was dressed for: other bytes come over its records."""
+        self.layout = self._dressed = None
+
     def set_state(self, state: SlotState, *, sequence: int = 0, seal: bytes = b"") -> None:
         """Write the state where the daemon sees it."""
         self.arena.set_state(self.number, state, sequence=sequence, seal=seal)
@@ -79,10 +83,17 @@ class Slots:
             self._arena = arena
             self._slots = [Slot(arena, number) for number in range(arena.slots)]
 
-    def drop(self) -> None:
-        """Forget the arena; the daemon keeps what it still writes."""
+    def drop(self, *, orphaned: bool = False) -> None:
+        """Forget the arena; the daemon keeps what it still writes.
+
+        Args:
+            orphaned: There is no daemon any more. Unless a slot is sealed, for one that may come, the file goes.
+        """
         with self._changed:
-            arena, self._arena, self._slots = self._arena, None, []
+            arena, self._arena, slots = self._arena, None, self._slots
+            self._slots = []
+        if arena is not None and orphaned and not any(slot.sealed for slot in slots):
+            arena.remove_file()
         if self._pinned is not None:
             self._pinned.release()
             self._pinned = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
 
 import uvloop
 
-from ckptd.daemon.config import Config, load_config
+from ckptd.daemon.config import Config, default_config_path, load_config
+from ckptd.daemon.connections import raise_descriptor_limit
+from ckptd.daemon.managed import log_formatter
 from ckptd.daemon.service import Daemon, Mode, Place
 from ckptd.protocol.errors import CkptdError
 from ckptd.protocol.paths import runtime_dir
@@ -35,10 +38,15 @@ async def _serve(config: Config, place: Place) -> None:
 def main() -> int:
     """Serve until told to stop; return the exit status."""
     arguments = _arguments()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    faulthandler.enable()  # a watchdog's SIGABRT leaves in the log where the daemon hung
     try:
-        config = load_config()
-        place = Place(runtime_dir(), arguments.http or config.http, _mode(arguments.mode))
+        mode = _mode(arguments.mode)
+        config = load_config(default_config_path(mode))
+        raise_descriptor_limit()
+        place = Place(runtime_dir(), arguments.http or config.http, mode)
         uvloop.run(_serve(config, place))
     except CkptdError as error:
         print(f"ckptd: {error}", file=sys.stderr)  # noqa: T201

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import msgspec
 
 from ckptd.daemon.crew import JobContext
-from ckptd.daemon.generation import CurrentPlan, Generation, Seal
+from ckptd.daemon.generation import CurrentPlan, Generation, RankWaves, Seal
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
+from ckptd.daemon.outcomes import Verdict, lies_whole_in_slots
 from ckptd.daemon.records import (
     TABLES,
     ArenaRecord,
@@ -28,14 +29,17 @@ from ckptd.daemon.records import (
     SealRecord,
     SessionRecord,
     VerdictRecord,
+    WaveRecord,
     WrittenRecord,
 )
-from ckptd.daemon.saves import Verdict
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
+from ckptd.daemon.waves import wave_of
 from ckptd.protocol import messages
 from ckptd.protocol.errors import CkptdError, SystemCallFailed, from_report
 from ckptd.protocol.messages import Sealed, WriteDone
 from ckptd.protocol.save import SaveRules
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.protocol.waves import WaveRing
 from ckptd.staging.arena import SlotState, is_held, open_arena
 
 logger = logging.getLogger(__name__)
@@ -114,6 +118,8 @@ class _Adopted:
         self._take_up_verdicts()
         self.job.open_pool()
         self._take_up_generations()
+        for plan in self._plans.values():
+            self.job.saves.plans.remove_unneeded(plan)
         self.job.take_up_seals()
 
     def _take_up_sessions(self) -> None:
@@ -160,7 +166,7 @@ class _Adopted:
     def _take_up_verdicts(self) -> None:
         for row in self._journal.read(VerdictRecord, job=self._number):
             error = messages.decode_error(row.error) if row.error else None
-            self.job.saves.verdicts[row.incarnation, row.sequence] = Verdict(row.save_id, error, row.metadata)
+            self.job.saves.outcomes.verdicts[row.incarnation, row.sequence] = Verdict(row.save_id, error, row.metadata)
 
     def _take_up_generations(self) -> None:
         rows = list(self._journal.read(GenerationRecord, job=self._number))
@@ -198,6 +204,8 @@ class _Adopted:
             arena = self._arenas.get(seal.arena_path)
             if arena is not None and isinstance(message, Sealed):
                 generation.seals[seal.rank] = Seal(message, arena)
+        for wave in self._journal.read(WaveRecord, **where):
+            self._take_up_wave(generation, wave)
         for written in self._journal.read(WrittenRecord, **where):
             done = messages.decode_task_reply(written.done)
             if isinstance(done, WriteDone):
@@ -205,37 +213,47 @@ class _Adopted:
                 generation.bytes_done[written.rank] = done.bytes_written
         return generation
 
+    def _take_up_wave(self, generation: Generation, row: WaveRecord) -> None:
+        message, arena = messages.decode_client_message(row.message), self._arenas.get(row.arena_path)
+        if arena is None or not isinstance(message, Sealed | WaveSealed):
+            return
+        if row.rank not in generation.waves:
+            generation.waves[row.rank] = RankWaves(WaveRing(message.image_bytes), arena)
+        generation.waves[row.rank].left.append((wave_of(message), row.written))
+
     def _lost_seal(self, row: GenerationRecord, generation: Generation) -> CkptdError | None:
         """Return why a generation cannot be finished, if an arena of it is gone: somebody has cleaned tmpfs."""
         where = {"job": row.job, "incarnation": row.incarnation, "sequence": row.sequence}
         for seal in self._journal.read(SealRecord, **where):
             if seal.rank not in generation.seals:
                 return SystemCallFailed("open", seal.arena_path, errno.ENOENT)
+        for wave in self._journal.read(WaveRecord, **where):
+            if wave.arena_path not in self._arenas and not wave.written:
+                return SystemCallFailed("open", wave.arena_path, errno.ENOENT)
         return None
 
     def _keep(self, generation: Generation, *, whole: bool) -> None:
         """Take up a committed generation: its slots are free, but hold its image."""
-        saves = self.job.saves
         generation.rules.sealed.update(generation.seals)
-        handed_over = any(seal.message.code_bytes for seal in generation.seals.values())
-        free = SlotState.FREE if handed_over or not whole else SlotState.RETAINED
+        retain = whole and lies_whole_in_slots(generation)
         for seal in generation.seals.values():
             if list(seal.arena.states())[seal.message.slot] == (SlotState.PERSISTING, generation.sequence):
+                free = SlotState.RETAINED if retain else SlotState.FREE
                 seal.arena.set_state(seal.message.slot, free, generation.sequence)
-        if free is SlotState.FREE or not generation.seals:
+        if retain:
+            self.job.saves.outcomes.retain(generation)
+        else:
             self.job.log.over(generation)
-            return
-        older, saves.retained = saves.retained, generation
-        if older is not None:
-            self.job.log.over(older)
 
     def _free_slots_of_nobody(self, generations: list[Generation]) -> None:
         """Free what was being written for a generation that has ended; seals that nobody has heard of stay."""
-        needed = {
-            (seal.arena.path, seal.message.slot): generation.sequence
-            for generation in generations
-            for seal in generation.seals.values()
-        }
+        needed: dict[tuple[str, int], int] = {}
+        for generation in generations:
+            for seal in generation.seals.values():
+                if not seal.message.wave_bytes:
+                    needed[seal.arena.path, seal.message.slot] = generation.sequence
+            for waves in generation.waves.values():
+                needed |= {(waves.arena.path, w.slot): generation.sequence for w, written in waves.left if not written}
         for arena in self._arenas.values():
             for slot, (state, sequence) in enumerate(arena.states()):
                 if state is SlotState.PERSISTING and needed.get((arena.path, slot)) != sequence:

@@ -16,6 +16,10 @@ from typing import Final, Protocol
 from ckptd.daemon.frames import FRAME_LENGTH
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, started_ticks
 from ckptd.protocol import messages
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.errors import BadMessage, CkptdError, ProtocolMismatch, UnexpectedError
 from ckptd.protocol.messages import (
     ATTACH_FRAME_LIMIT_BYTES,
@@ -24,9 +28,9 @@ from ckptd.protocol.messages import (
     Attach,
     Attached,
     AttachReply,
-    CacheOpened,
+    Drain,
+    Drained,
     OpenArena,
-    OpenCache,
     Refused,
     Resume,
 )
@@ -60,6 +64,9 @@ class Host(Protocol):
 
     def retained_closed(self, message: RetainedClosed) -> None:
         """A load from memory is over, for the metrics."""
+
+    async def drain(self, peer: Peer, timeout_s: float) -> Drained:
+        """Take nothing new and wait for what is sealed. Raises Forbidden."""
 
     def lose(self, session: Session, reason: str) -> None:
         """The peer is gone."""
@@ -218,6 +225,8 @@ class _AttachedPeer:
             case RetainedClosed() if self._retained_opened:
                 self._retained_opened = False
                 self._host.retained_closed(request)
+            case Drain() if self._session is None:
+                self._send(await self._host.drain(self._peer, request.timeout_s))
             case _:
                 raise BadMessage("an attach message out of turn")
 

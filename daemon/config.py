@@ -1,4 +1,4 @@
-"""The daemon's configuration: one TOML file, read once at the start.
+"""The daemon's configuration: one TOML file, read at the start and when SIGHUP says that it is new.
 
 Invariant: a :class:`Config` made by :func:`load_config` is within its bounds; nobody checks them again.
 """
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from ckptd.protocol.errors import BadConfig
+from ckptd.protocol.transient import Backoff
 
 # O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every NVMe
 # format in use. Source: open(2), NOTES, "O_DIRECT".
@@ -29,7 +30,10 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=_DAY_S)]
 Retention = Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)]
 Directory = Annotated[str, msgspec.Meta(pattern="^/")]
 CacheBytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=100)]
+File = Annotated[str, msgspec.Meta(pattern="^(/|$)")]
+ConnectionCount = Annotated[int, msgspec.Meta(ge=16, le=65_536)]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:/?#@\s]+)):(?P<port>[0-9]{1,5})")
 
@@ -37,10 +41,20 @@ _NO_ADDRESS: Final = "not HOST:PORT; write it as 127.0.0.1:9437 or [::1]:0"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What can be set in the file that CKPTD_CONFIG names; every key may be left out."""
+    """What can be set in the configuration file; every key may be left out."""
 
     http: str = "127.0.0.1:9437"
-    """HOST:PORT of the HTTP endpoint; port 0 takes any free one."""
+    """HOST:PORT of the HTTP endpoint; port 0 takes any free one. One that other machines can reach needs a token."""
+
+    http_token_file: File = ""
+    """Absolute path of a file that holds the token which HTTP requests must show; CKPTD_HTTP_TOKEN goes before it."""
+
+    http_hosts: tuple[str, ...] = ()
+    """Names, without ports, under which proxies and scrapers ask for this endpoint besides its address; requests with
+    another Host are refused."""
+
+    http_connections: ConnectionCount = 1024
+    """HTTP connections that may be open, 16 to 65536; beyond that the one that has been idle longest is cut."""
 
     workers_per_job: Threads = 2
     """Worker processes of each job, 1 to 64."""
@@ -83,6 +97,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     shm_dir: Directory = "/dev/shm"
     """Absolute path of the tmpfs that holds the arenas."""
 
+    memory_reserve_bytes: CacheBytes = 128 * _MIB
+    """Memory that arenas never take: of the machine's free memory, and of the limit of each control group."""
+
+    memory_reserve_fraction: Fraction = 0.02
+    """The same as a fraction of the machine's memory, or of the limit; the larger of the two is kept free."""
+
     node_cache_bytes: CacheBytes = 128 * _MIB
     """Shared memory of each job through which ranks of this node share what they load, while they load it; 0: none."""
 
@@ -92,6 +112,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     work_attempts: Attempts = 3
     """How often the work of dead workers is begun, the first time included, before its generation fails."""
 
+    write_attempts: Attempts = 5
+    """How often an image is written, the first time included, if what fails may pass (EIO, ESTALE, ...)."""
+
+    write_retry_s: Seconds = 0.5
+    """Seconds before an image is written again after such an error; twice as long each time, at most 30."""
+
     def __post_init__(self) -> None:
         """Check what no single bound can say; msgspec makes its own error of a ValueError."""
         if _split(self.http) is None:
@@ -99,23 +125,41 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if self.session_timeout_s <= self.heartbeat_s:
             raise ValueError(f"session_timeout_s: must be more than heartbeat_s, {self.heartbeat_s}")
 
+    @property
+    def write_backoff(self) -> Backoff:
+        """How images are written again."""
+        return Backoff(self.write_attempts, self.write_retry_s)
 
-def load_config() -> Config:
-    """Return the configuration of the file named by CKPTD_CONFIG, or the defaults where none is named.
+
+def default_config_path(mode: str) -> str:
+    """Return where the file of a daemon that runs in ``mode`` is looked for when CKPTD_CONFIG names none."""
+    if mode == "system":
+        return "/etc/ckptd/ckptd.toml"
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "ckptd", "ckptd.toml")
+
+
+def load_config(default_path: str = "") -> Config:
+    """Return the configuration of the file that CKPTD_CONFIG names, else of ``default_path``, else the defaults.
+
+    Args:
+        default_path: A file that need not be there; see :func:`default_config_path`.
 
     Raises:
         BadConfig: The file cannot be read, is no TOML, or has an unknown key or a value that cannot be.
             The daemon ends: to go on with defaults would hide the mistake.
     """
-    path = os.environ.get("CKPTD_CONFIG", "")
-    if not path:
+    named = os.environ.get("CKPTD_CONFIG", "")
+    path = named or default_path
+    remedy = "or unset CKPTD_CONFIG" if named else "or remove it"
+    if not named and not os.path.lexists(path):
         return Config()
     try:
         values = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise BadConfig(path, f"{error.strerror}; correct or unset CKPTD_CONFIG") from None
+        raise BadConfig(path, f"{error.strerror}; correct {remedy}") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise BadConfig(path, f"not a TOML file: {error}; correct it or unset CKPTD_CONFIG") from None
+        raise BadConfig(path, f"not a TOML file: {error}; correct it {remedy}") from None
     return _checked(path, values)
 
 

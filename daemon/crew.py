@@ -10,6 +10,7 @@ from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.journal import Journal
 from ckptd.daemon.metrics import Metrics
+from ckptd.daemon.retention import Retention
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.protocol.messages import DaemonMessage
@@ -45,6 +46,10 @@ class Crew(Protocol):
     files: JobFiles
     pool: WorkerPool | None
     progress_timeout_s: float
+
+    @property
+    def retention(self) -> Retention:
+        """Removes old checkpoints after commits."""
 
     def open_user_pool(self) -> WorkerPool:
         """Return the worker for users' own code. Raises Unsupported where none may run."""

@@ -44,7 +44,7 @@ class Directories:
 
     def __init__(self, runtime: str, shm: str, *, everyone: bool) -> None:
         self.runtime, self._shm = runtime, shm
-        where = hashlib.blake2s(runtime.encode(), digest_size=6).hexdigest()
+        where = name_for(runtime)
         self.root = os.path.join(shm, f"ckptd-{os.geteuid()}-{where}")
         self._locks: list[int] = []
         try:
@@ -151,6 +151,11 @@ class Directories:
         for lock in self._locks:
             os.close(lock)
         self._locks = []
+
+
+def name_for(runtime: str) -> str:
+    """Return what tells the directories of a daemon, on tmpfs and of its journal, from those of others."""
+    return hashlib.blake2s(runtime.encode(), digest_size=6).hexdigest()
 
 
 def _locked(path: str, flags: int) -> int:

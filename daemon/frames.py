@@ -6,6 +6,8 @@ import asyncio
 import struct
 from typing import Final
 
+from ckptd.protocol.errors import BadMessage
+
 FRAME_LENGTH: Final = struct.Struct("<I")
 
 
@@ -14,12 +16,12 @@ async def read_frame(reader: asyncio.StreamReader, *, limit_bytes: int) -> bytes
 
     Raises:
         EOFError: The peer is gone.
-        ValueError: The frame is longer than ``limit_bytes``; nothing more can be read from this peer.
+        BadMessage: The frame is longer than ``limit_bytes``; nothing more can be read from this peer.
     """
     try:
         (length,) = FRAME_LENGTH.unpack(await reader.readexactly(FRAME_LENGTH.size))
         if length > limit_bytes:
-            raise ValueError(f"a frame of {length} bytes, at most {limit_bytes} are taken")
+            raise BadMessage(f"a frame of {length} bytes, at most {limit_bytes} are taken")
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, ConnectionError):
         raise EOFError from None

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ckptd.checkpoint.names import hidden_directory
+from ckptd.checkpoint.user_data import USER_DATA
 from ckptd.daemon.sessions import ArenaFile
+from ckptd.daemon.timeline import Timeline
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.protocol.messages import PlanRanks, Propose, Sealed, WriteDone, decode_plan_ranks
-from ckptd.protocol.save import SaveRules
+from ckptd.protocol.retention_messages import Keep
+from ckptd.protocol.save import SaveRules, State
+from ckptd.protocol.waves import Wave, WaveRing
 
 RANKS_SUFFIX: Final = ".ranks"
 
@@ -51,6 +55,18 @@ class CurrentPlan:
         return self._ranks
 
 
+@dataclass(eq=False)
+class RankWaves:
+    """A rank's image that comes in waves: what of it is where, and what its writing took so far."""
+
+    ring: WaveRing
+    arena: ArenaFile
+    left: list[tuple[Wave, bool]] = field(default_factory=list)  # by a daemon before us, and whether they are written
+    write_s: float = 0.0
+    direct: bool = True
+    all_written: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @dataclass(frozen=True)
 class Seal:
     """A rank's sealed slot, and where it lies."""
@@ -68,18 +84,26 @@ class Generation:
     save_id: str
     rules: SaveRules
     plan: CurrentPlan | None
+    older_plans: list[CurrentPlan] = field(default_factory=list)  # under which ranks have staged before another one did
     dry: bool = False  # only a plan is wanted, ahead of the first save
     metadata: bytes = b""  # of a hand-over, as its worker pickled it
     proposals: dict[int, Propose] = field(default_factory=dict)
     seals: dict[int, Seal] = field(default_factory=dict)
+    waves: dict[int, RankWaves] = field(default_factory=dict)  # of ranks that stage in waves
     written: dict[int, WriteDone] = field(default_factory=dict)
     bytes_done: dict[int, int] = field(default_factory=dict)
     begun_at_s: float = field(default_factory=time.monotonic)
     begun_unix_s: float = field(default_factory=time.time)
     news_at_s: float = field(default_factory=time.monotonic)
     ended_at_s: float | None = None
+    timeline: Timeline = field(default_factory=Timeline)
     work: set[asyncio.Task[None]] = field(default_factory=set)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def plans(self) -> list[CurrentPlan]:
+        """The plans that its images are staged under; their files are needed until it has ended."""
+        return [*self.older_plans, *([] if self.plan is None else [self.plan])]
 
     @property
     def directory(self) -> str:
@@ -90,6 +114,17 @@ class Generation:
     def bytes_total(self) -> int:
         """Bytes of all images, or of those sealed so far while there is no plan."""
         return sum(self.rules.known_bytes) or sum(seal.message.image_bytes for seal in self.seals.values())
+
+    @property
+    def keep(self) -> Keep | None:
+        """What of its folder is to be kept once it is committed, as rank 0 said; None: everything."""
+        seal = self.seals.get(0)
+        return None if seal is None else seal.message.keep
+
+    def user_header(self) -> dict[str, str]:
+        """Return the entry of the index's header that holds what rank 0's user says of the checkpoint, if anything."""
+        seal = self.seals.get(0)
+        return {USER_DATA: seal.message.user} if seal is not None and seal.message.user else {}
 
     @property
     def seconds(self) -> float:
@@ -116,6 +151,7 @@ class Generation:
 
     def status(self) -> dict[str, object]:
         """Return what `/status` tells."""
+        slowest = self.timeline.slowest()
         return {
             "sequence": self.sequence,
             "save_id": self.save_id,
@@ -126,5 +162,13 @@ class Generation:
             "started_unix_s": self.begun_unix_s,
             "seconds": self.seconds,
             "ranks_sealed": len(self.rules.sealed),
+            "ranks_written": len(self.rules.written),
+            "world_size": self.rules.world_size,
+            "incarnation": self.incarnation,
+            "phases": self.timeline.status(),
+            "bytes_per_s": self.timeline.rate(sum(self.bytes_done.values()), running=self.ended_at_s is None),
+            "slowest_rank": None if slowest is None else {"rank": slowest[0], "lag_s": slowest[1]},
+            "waiting_for": self.waiting_for() if self.rules.state is State.COLLECTING else None,
             "error": None if self.rules.error is None else str(self.rules.error),
+            "error_code": None if self.rules.error is None else self.rules.error.code,
         }

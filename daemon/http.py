@@ -1,4 +1,4 @@
-"""The daemon's HTTP endpoint: metrics, health, status and a page. It reads and never changes anything.
+"""The daemon's HTTP endpoint: metrics, health, status, events and a page. It reads and never changes anything.
 
 Invariant: an answer goes only to a request whose Host names this endpoint, so no foreign web page can read it
 by letting its own name resolve to this machine (DNS rebinding).
@@ -6,54 +6,67 @@ by letting its own name resolve to this machine (DNS rebinding).
 
 from __future__ import annotations
 
-import ipaddress
-import re
+import logging
 import socket
-from collections.abc import Collection
-from html import escape
-from typing import Any, Final, Protocol, cast
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final, Protocol
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from ckptd.daemon.config import parse_address
-from ckptd.daemon.metrics import CONTENT_TYPE, Metrics
+from ckptd.daemon.connections import IDLE_S, Connections
+from ckptd.daemon.events import SLOW_S, EventFeed
+from ckptd.daemon.gate import Access, Gate, check_exposure
+from ckptd.daemon.metrics import CONTENT_TYPE, OPEN_CONTENT_TYPE, Metrics
+from ckptd.daemon.sparing import Sparing
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
 # Seconds that closing waits for answers under way; none of ours takes more than milliseconds.
 _CLOSE_S: Final = 1.0
-_BACKLOG: Final = 128
+# Seconds for which a body that nobody asked for is read, so that its sender hears the answer before the end.
+_LINGER_S: Final = 0.2
 
 _HEADERS: Final = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# A block of data in the page, not a script: no policy has to allow it. Its "<" are escaped, or a name could end it.
+_FIRST: Final = b'<script id="first" type="application/json">%s</script>'
+# Path, file below daemon/web, and content type. There are no others: no path of a request ever names a file.
+_FILES: Final = (
+    ("/page.css", "page.css", "text/css"),
+    ("/page.js", "page.js", "text/javascript"),
+    ("/icon.svg", "icon.svg", "image/svg+xml"),
+)
 
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<title>ckptd</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .3rem .6rem }}
-th, td {{ text-align: left; vertical-align: top; overflow-wrap: anywhere }}
-</style>
-</head>
-<body>
-<h1>ckptd</h1>
-<p>{summary}</p>
-<p><a href="/status">status</a> · <a href="/metrics">metrics</a> · <a href="/readyz">ready</a></p>
-{jobs}
-</body>
-</html>
-"""
-_COLUMNS: Final = ("Save", "Checkpoint", "State", "Ranks sealed", "Progress", "Seconds", "Error")
+
+@dataclass(frozen=True)
+class Limits:
+    """What readers may cost.
+
+    Attributes:
+        connections: How many may be open.
+        idle_s: Seconds after which a connection without a request is cut.
+        slow_s: Seconds for which an event may wait for its reader.
+    """
+
+    connections: int = 1024
+    idle_s: float = IDLE_S
+    slow_s: float = SLOW_S
+
+
+ANYONE: Final = Access()
+USUAL: Final = Limits()
 
 
 class View(Protocol):
@@ -71,8 +84,8 @@ class View(Protocol):
 class HttpServer:
     """A running endpoint; made by :func:`start_http`."""
 
-    def __init__(self, runner: web.AppRunner, address: str) -> None:
-        self._runner = runner
+    def __init__(self, runner: web.AppRunner, connections: Connections, feed: EventFeed, address: str) -> None:
+        self._runner, self._connections, self._feed = runner, connections, feed
         self._address = address
 
     @property
@@ -80,91 +93,107 @@ class HttpServer:
         """The bound ``HOST:PORT``, with the actual port."""
         return self._address
 
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._connections)
+
+    @property
+    def streams(self) -> int:
+        """Event streams among them."""
+        return self._feed.streams
+
     async def close(self) -> None:
         """Take no more requests, wait a second at most for those under way, and free the port."""
+        await self._connections.close()
+        await self._feed.close()
         await self._runner.cleanup()
 
 
-async def start_http(address: str, view: View, metrics: Metrics) -> HttpServer:
+async def start_http(
+    address: str,
+    view: View,
+    metrics: Metrics,
+    *,
+    access: Access = ANYONE,
+    limits: Limits = USUAL,
+) -> HttpServer:
     """Serve HTTP on ``address`` until closed.
 
     Args:
         address: ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 takes any free one.
         view: Asked at each request, in the event loop.
         metrics: Rendered at each scrape, in the event loop.
+        access: Who may read.
+        limits: What readers may cost.
 
     Raises:
-        BadConfig: The address is malformed or its host is unknown. Tell the user, who wrote it.
+        BadConfig: The address is malformed, its host is unknown, or it needs a token. Tell the user, who wrote it.
         SystemCallFailed: The address cannot be bound, for instance because another daemon has it.
     """
     host, port = parse_address(address)
     listener = _listen(address, host, port)
     bound, port = listener.getsockname()[:2]
-    names = frozenset({host.lower(), bound})
-    app = web.Application(middlewares=[_refuse_foreign_hosts(port, names)])
-    _Pages(view, metrics).add_to(app)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_S)
+    feed = EventFeed(view.status, metrics.refused, slow_s=limits.slow_s)
+    connections = Connections(
+        most=limits.connections, idle_s=limits.idle_s, on_refused=lambda: metrics.refused("crowd")
+    )
+    gate = Gate(port, frozenset({host.lower(), bound}), access)
+    app = web.Application(middlewares=[_guard(gate, metrics, connections)])
+    app.on_response_prepare.append(_add_headers)
+    _Pages(view, metrics, feed).add_to(app)
+    # Our own time-out comes before aiohttp's: it counts what it cuts, and also watches for a first request.
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=_request_logger(metrics),
+        shutdown_timeout=_CLOSE_S,
+        keepalive_timeout=2 * limits.idle_s,
+        lingering_time=_LINGER_S,
+    )
     try:
+        check_exposure(address, bound, access.token)
         await runner.setup()
-        await web.SockSite(runner, listener).start()
     except BaseException:
         listener.close()
         await runner.cleanup()
         raise
-    return HttpServer(runner, f"[{bound}]:{port}" if ":" in bound else f"{bound}:{port}")
-
-
-def is_our_host(header: str, *, port: int, names: Collection[str]) -> bool:
-    """Say whether a Host header names this endpoint.
-
-    Args:
-        header: Value of the header; a missing port means 80.
-        port: The bound port.
-        names: The host as configured and as bound. If one is a wildcard (0.0.0.0 or ::), every literal IP
-            and this node's name are ours too, or no other node could scrape: a rebinding page always comes
-            with a name of its own.
-    """
-    try:
-        host, asked_port = parse_address(header if re.search(r":\d+$", header) else f"{header}:80")
-    except BadConfig:
-        return False
-    host = host.lower()
-    if asked_port != port:
-        return False
-    if host == "localhost" or host in names:
-        return True
-    wildcard = any(ip.is_unspecified for ip in map(_literal_ip, names) if ip)
-    if ip := _literal_ip(host):
-        return ip.is_loopback or wildcard
-    return wildcard and host == socket.gethostname().lower()
-
-
-def render_page(status: dict[str, object]) -> str:
-    """Return the page that shows a status; every text in it is escaped."""
-    jobs = cast("list[dict[str, Any]]", status.get("jobs", []))
-    summary = f"version {status.get('version')}, pid {status.get('pid')}, mode {status.get('mode')}"
-    return _PAGE.format(summary=escape(summary), jobs="\n".join(map(_job, jobs)) or "<p>No jobs.</p>")
+    assert runner.server is not None  # that is what setting up means
+    connections.start(listener, runner.server)
+    return HttpServer(runner, connections, feed, f"[{bound}]:{port}" if ":" in bound else f"{bound}:{port}")
 
 
 class _Pages:
     """The routes. All are GET; aiohttp answers HEAD from the same handlers and 405 to the rest."""
 
-    def __init__(self, view: View, metrics: Metrics) -> None:
+    def __init__(self, view: View, metrics: Metrics, feed: EventFeed) -> None:
         self._view = view
         self._metrics = metrics
+        self._feed = feed
+        self._html = _read("page.html")
+        self._sparing = Sparing()
 
     def add_to(self, app: web.Application) -> None:
         app.router.add_get("/", self._page)
+        for path, name, content_type in _FILES:
+            app.router.add_get(path, _file(name, content_type))
         app.router.add_get("/metrics", self._scrape)
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/status", self._status)
+        app.router.add_get("/events", self._feed.answer, allow_head=False)
 
     async def _page(self, _: web.Request) -> web.Response:
-        return web.Response(text=render_page(self._view.status()), content_type="text/html")
+        status = self._encoded_status().replace(b"<", b"\\u003c")
+        body = self._html.replace(_FIRST % b"null", _FIRST % status)
+        return web.Response(body=body, content_type="text/html", charset="utf-8")
 
-    async def _scrape(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    async def _scrape(self, request: web.Request) -> web.Response:
+        if "application/openmetrics-text" in request.headers.get("Accept", ""):
+            body, content_type = self._sparing.answer("open", self._metrics.render_open), OPEN_CONTENT_TYPE
+        else:
+            body, content_type = self._sparing.answer("plain", self._metrics.render), CONTENT_TYPE
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -176,21 +205,70 @@ class _Pages:
         return web.Response(status=503, text=f"{reason}\n")
 
     async def _status(self, _: web.Request) -> web.Response:
-        body = msgspec.json.encode(self._view.status())
-        return web.Response(body=body, content_type="application/json")
+        return web.Response(body=self._encoded_status(), content_type="application/json")
+
+    def _encoded_status(self) -> bytes:
+        return self._sparing.answer("status", lambda: msgspec.json.encode(self._view.status()))
 
 
-def _refuse_foreign_hosts(port: int, names: Collection[str]) -> Middleware:
+def _request_logger(metrics: Metrics) -> logging.Logger:
+    """Return where aiohttp tells of errors: bugs are logged, what strangers send is counted and fills no log."""
+
+    def is_bug(record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+            metrics.refused("malformed")
+            return False
+        return True
+
+    logger = logging.Logger(f"{__name__}.requests", logging.WARNING)  # of this endpoint alone, as its metrics are
+    logger.parent = logging.getLogger(__name__)
+    logger.addFilter(is_bug)
+    return logger
+
+
+def _file(name: str, content_type: str) -> Handler:
+    body = _read(name)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
+
+    return answer
+
+
+def _read(name: str) -> bytes:
+    return resources.files("ckptd.daemon").joinpath("web", name).read_bytes()
+
+
+def _guard(gate: Gate, metrics: Metrics, connections: Connections) -> Middleware:
     @web.middleware
-    async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
-        hosts = request.headers.getall("Host", [])  # request.host would invent one where none was sent
-        if len(hosts) != 1 or not is_our_host(hosts[0], port=port, names=names):
-            return web.Response(status=421, text="this is not the host you asked for\n", headers=_HEADERS)
-        response = await handler(request)
-        response.headers.update(_HEADERS)
-        return response
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        with connections.busy(request.transport):
+            refusal = _refusal(request, gate, metrics)
+            return await handler(request) if refusal is None else refusal
 
-    return refuse
+    return guard
+
+
+async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(_HEADERS)
+
+
+def _refusal(request: web.Request, gate: Gate, metrics: Metrics) -> web.Response | None:
+    """Return what a request gets instead of an answer; None if it is to be answered."""
+    # request.host would invent a Host where none was sent.
+    if not gate.names_us(request.headers.getall("Host", [])):
+        metrics.refused("host")
+        return web.Response(status=421, text="this is not the host you asked for\n")
+    if gate.is_entered_by(request) and request.match_info.http_exception is None:
+        # To one of our own routes, never to a path that others made up: no open redirect.
+        entered = web.Response(status=303, headers={"Location": request.match_info.route.url_for().path})
+        entered.set_cookie(gate.cookie_name, gate.cookie, httponly=True, samesite="Lax", path="/")
+        return entered
+    if not gate.admits(request):
+        metrics.refused("token")
+        text = "show the token: as `Authorization: Bearer TOKEN`, or once as /?token=TOKEN\n"
+        return web.Response(status=401, text=text, headers={"WWW-Authenticate": "Bearer"})
+    return None
 
 
 def _listen(address: str, host: str, port: int) -> socket.socket:
@@ -203,40 +281,8 @@ def _listen(address: str, host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)
-        listener.listen(_BACKLOG)
+        listener.listen(socket.SOMAXCONN)
     except OSError as error:
         listener.close()
         raise SystemCallFailed("bind", address, error.errno or 0) from None
     return listener
-
-
-def _literal_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
-def _job(job: dict[str, Any]) -> str:
-    title = f"{job['job']} (incarnation {job['incarnation']})"
-    ranks = f"{len(job['sessions'])} of {job['world_size']} ranks attached, uid {job['uid']}"
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "\n".join(_generation(generation) for generation in job["generations"])
-    return (
-        f"<h2>{escape(title)}</h2>\n<p>{escape(ranks)}</p>\n<table>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
-    )
-
-
-def _generation(generation: dict[str, Any]) -> str:
-    seconds = generation["seconds"]
-    cells = (
-        generation["sequence"],
-        generation["checkpoint_id"],
-        generation["state"],
-        generation["ranks_sealed"],
-        f"{generation['bytes_done']} of {generation['bytes_total']} bytes",
-        "" if seconds is None else f"{seconds:.1f}",
-        generation["error"] or "",
-    )
-    return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"

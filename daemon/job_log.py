@@ -19,12 +19,16 @@ from ckptd.daemon.records import (
     SealRecord,
     SessionRecord,
     VerdictRecord,
+    WaveRecord,
     WrittenRecord,
 )
 from ckptd.daemon.sessions import ArenaFile, Session
 from ckptd.protocol import messages
 from ckptd.protocol.errors import ErrorReport
+from ckptd.protocol.messages import Sealed
 from ckptd.protocol.session import Roster
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.protocol.waves import part_of
 
 
 class JobLog:
@@ -120,7 +124,27 @@ class JobLog:
         key = self._key(generation)
         message = messages.encode(seal.message)
         record = SealRecord(**key, rank=rank, message=message, arena_path=seal.arena.path)
+        if generation.rules.error is not None:
+            self._journal.put(record)  # late: that the save has failed must stay written
+        else:
+            self._journal.put(self._generation(generation, "open"), record)
+
+    def wave(self, generation: Generation, rank: int, seal: Sealed | WaveSealed, arena: ArenaFile) -> None:
+        """A wave of a rank's image is ours."""
+        record = WaveRecord(
+            **self._key(generation),
+            rank=rank,
+            begin=part_of(seal)[0],
+            message=messages.encode(seal),
+            arena_path=arena.path,
+            written=False,
+        )
         self._journal.put(self._generation(generation, "open"), record)
+
+    def wave_written(self, generation: Generation, rank: int, begin: int) -> None:
+        """A wave is in the file."""
+        for record in self._journal.read(WaveRecord, **self._key(generation), rank=rank, begin=begin):
+            self._journal.put(msgspec.structs.replace(record, written=True))
 
     def written(self, generation: Generation, rank: int) -> None:
         """A rank's image is durable."""
@@ -131,7 +155,11 @@ class JobLog:
         """The checkpoint is published. Its seals are kept: the image may stay in memory."""
         key = self._key(generation)
         verdict = VerdictRecord(**key, save_id=generation.save_id, error=b"", metadata=generation.metadata)
-        self._journal.change(self._generation(generation, "committed"), verdict, removed=[(WrittenRecord, {**key})])
+        self._journal.change(
+            self._generation(generation, "committed"),
+            verdict,
+            removed=[(WrittenRecord, {**key}), (WaveRecord, {**key})],
+        )
 
     def failed(self, generation: Generation, error: ErrorReport) -> None:
         """The save has failed; what it has written is still to be removed."""
@@ -142,7 +170,7 @@ class JobLog:
 
     def over(self, generation: Generation) -> None:
         """Nothing of a generation is left but its verdict."""
-        kinds: list[type[Record]] = [GenerationRecord, SealRecord, WrittenRecord]
+        kinds: list[type[Record]] = [GenerationRecord, SealRecord, WaveRecord, WrittenRecord]
         key = self._key(generation)
         self._journal.change(removed=[(kind, {**key}) for kind in kinds])
 

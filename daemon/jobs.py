@@ -13,6 +13,7 @@ from ckptd.daemon.crew import JobContext
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.nodecache import NodeCache
+from ckptd.daemon.retention import Retention
 from ckptd.daemon.saves import Saves
 from ckptd.daemon.sessions import ArenaFile, Session
 from ckptd.daemon.supervisor import Identity, WorkerPool, WorkerSettings
@@ -55,6 +56,9 @@ class Job:
         self.files = self._new_files(directory)
         self.saves = Saves(self, context)
         self.cache = NodeCache(self, context)
+        self.retention = Retention(
+            name, open_pool=lambda: self._new_pool(1), saving=self.saves.ids_in_flight, metrics=context.metrics
+        )
         self._retired: list[Session] = []  # ended sessions whose slots are still being written, or keep the last commit
         self._left_at_s = time.monotonic()  # when the last rank left
 
@@ -94,7 +98,7 @@ class Job:
     def take_up_seals(self) -> None:
         """Look into the arenas for what was sealed but not said, and lose the sessions whose clients are gone."""
         for session in list(self.sessions.values()):
-            self._harvest(session)
+            self.take_up_seals_of(session)
             if session.client_has_ended:
                 self.lose(session, "ended while no daemon ran")
         self.release_retired()
@@ -118,7 +122,7 @@ class Job:
         error = SessionClosed(f"incarnation {self.roster.incarnation} of job {self.name!r} took over")
         for old in list(self.sessions.values()):
             logger.info("job %s: incarnation %d fences rank %d", self.name, self.roster.incarnation, old.rank)
-            self._harvest(old)
+            self.take_up_seals_of(old)
             self._context.send(old, Fenced(error.report()))
             self._retire(old)
         self.sessions.clear()
@@ -152,8 +156,9 @@ class Job:
             identity=self.owner.identity,
             users_code=users_code,
         )
-        lock, on_restart = self.files.lock_out_older_workers, self._context.metrics.worker_restarted
-        pool = WorkerPool(settings, lock=lock, on_restart=on_restart)
+        lock, metrics = self.files.lock_out_older_workers, self._context.metrics
+        on_restart, on_retry = metrics.worker_restarted, metrics.work_retried
+        pool = WorkerPool(settings, lock=lock, on_restart=on_restart, on_retry=on_retry)
         pool.start()
         return pool
 
@@ -166,7 +171,7 @@ class Job:
         """A session ended: take up what it sealed, and fail what now can never be complete."""
         if not session.live:
             return
-        self._harvest(session)
+        self.take_up_seals_of(session)
         if self.sessions.get(session.rank) is session:
             del self.sessions[session.rank]
         self.roster.leave(session.rank, incarnation=session.incarnation)
@@ -174,7 +179,7 @@ class Job:
         self.cache.lose(session)
         self._retire(session)
 
-    def _harvest(self, session: Session) -> None:
+    def take_up_seals_of(self, session: Session) -> None:
         """Handle the seals that stand in a session's arenas, as if their messages had come; most have."""
         for seal in list(session.seals_left_behind()):
             try:
@@ -192,14 +197,14 @@ class Job:
     def release_retired(self) -> None:
         """Give up the arenas of ended sessions that no generation needs any more."""
         for session in list(self._retired):
-            self._release(session, self.saves.busy_arenas | self.saves.retained_arenas)
+            self._release(session, self.saves.busy_arenas | self.saves.outcomes.retained_arenas)
             if not session.arenas:
                 self._retired.remove(session)
                 self.log.session_over(session)
 
     def release_arenas(self, session: Session) -> None:
         """Give up a session's arenas that no generation needs, ahead of a new one."""
-        if session.arenas.keys() & self.saves.retained_arenas:
+        if session.arenas.keys() & self.saves.outcomes.retained_arenas:
             self.saves.drop_retained()
         self._release(session, self.saves.busy_arenas)
 
@@ -225,6 +230,11 @@ class Job:
         return not self.sessions and not self.saves.generations
 
     @property
+    def resting(self) -> bool:
+        """Whether it is idle and removes nothing either, so that its workers may end without being waited for."""
+        return self.idle and not self.retention.busy
+
+    @property
     def in_use(self) -> bool:
         """Whether it has processes or files."""
         return self.pool is not None or bool(self.files.directory) or not self.idle
@@ -232,7 +242,7 @@ class Job:
     @property
     def empty(self) -> bool:
         """Whether it is idle and holds no memory."""
-        return self.idle and not self._retired
+        return self.resting and not self._retired
 
     def check_deadlines(self) -> None:
         """Fail generations without news, and lose sessions that fell silent."""
@@ -259,6 +269,7 @@ class Job:
         for pool in pools:
             if pool is not None:
                 await pool.close()
+        await self.retention.close()
 
     async def close(self) -> None:
         """End the workers and remove the job's files: nothing of the job is left but its name."""
@@ -279,6 +290,7 @@ class Job:
         self.saves.leave()
         self.cache.close()
         await self.rest()
+        await self.retention.close()
 
     def status(self) -> dict[str, object]:
         """Return what `/status` tells of the job."""
@@ -289,13 +301,15 @@ class Job:
             "uid": self.owner.uid,
             "world_size": self.roster.world_size,
             "workers": self.worker_pids,
+            "interval_s": self.saves.watch.rhythm.interval_s,
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
+            "retention": self.retention.status(),
             "retained": self._retained_status(),
         }
 
     def _retained_status(self) -> dict[str, object] | None:
-        retained = self.saves.retained
+        retained = self.saves.outcomes.retained
         if retained is None:
             return None
         return {

@@ -1,8 +1,9 @@
 """The journal: what a daemon that is killed leaves to its successor, in a sqlite file in the state directory.
 
 A record is with the kernel when a call returns, so it survives the death of the process at any moment; it is not
-fsynced, because after a loss of power the arenas that it speaks of are gone, too. Invariant: whatever the file holds, a
-journal opens; one that is damaged, or of another version, is put aside and a new one begun.
+fsynced, because after a loss of power the arenas that it speaks of are gone, too. Invariants: whatever the file holds,
+a journal opens; one that is damaged, or of another version, is put aside and a new one begun. What a successor finds
+was true: a journal that once could not be written is removed rather than left with a gap.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Journal:
 
     def __init__(self, directory: str) -> None:
         self.path = journal_file(directory)
+        self._kept = True
         try:
             self._database = _open(self.path)
         except (sqlite3.DatabaseError, _Foreign) as error:
@@ -83,16 +85,14 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.path + ending, aside + ending)
 
+    @property
+    def kept(self) -> bool:
+        """Whether a successor will find what is written; not after the disk has refused a record."""
+        return self._kept
+
     def put(self, *records: Record) -> None:
         """Keep records, all or none of them; those with the same key are replaced."""
-        with self._database:
-            for record in records:
-                fields = record.__struct_fields__
-                marks = ", ".join("?" * len(fields))
-                values = [getattr(record, name) for name in fields]
-                self._database.execute(
-                    f"INSERT OR REPLACE INTO {record.table} ({', '.join(fields)}) VALUES ({marks})", values
-                )
+        self.change(*records)
 
     def remove(self, kind: type[Record], **where: int | str | bytes) -> None:
         """Forget the records of a kind whose columns have these values."""
@@ -100,11 +100,44 @@ class Journal:
 
     def change(self, *put: Record, removed: Iterable[tuple[type[Record], dict[str, int | str | bytes]]] = ()) -> None:
         """Forget some records and keep others, in one step."""
-        with self._database:
+        removed = list(removed)
+        try:
+            self._change(put, removed)
+        except sqlite3.OperationalError as error:  # no room, no rights, an input/output error
+            self._go_on_without(error)
+            self._change(put, removed)
+
+    def _change(
+        self, put: Iterable[Record], removed: Iterable[tuple[type[Record], dict[str, int | str | bytes]]]
+    ) -> None:
+        with self._database as database:
             for kind, where in removed:
                 condition = " AND ".join(f"{name} = ?" for name in where)
-                self._database.execute(f"DELETE FROM {kind.table} WHERE {condition}", list(where.values()))
-            self.put(*put)
+                database.execute(f"DELETE FROM {kind.table} WHERE {condition}", list(where.values()))
+            for record in put:
+                fields = record.__struct_fields__
+                marks = ", ".join("?" * len(fields))
+                values = [getattr(record, name) for name in fields]
+                database.execute(
+                    f"INSERT OR REPLACE INTO {record.table} ({', '.join(fields)}) VALUES ({marks})", values
+                )
+
+    def _go_on_without(self, error: sqlite3.Error) -> None:
+        """Keep records in memory only: saves go on, but nothing of them outlives this daemon."""
+        logger.error(
+            "the journal %s cannot be written (%s): saves go on, but those under way die with this daemon",
+            self.path, error,
+        )  # fmt: skip
+        copy = sqlite3.connect(":memory:")
+        self._database.backup(copy)
+        self._database.close()
+        self._remove_files()
+        self._database, self._kept = copy, False
+
+    def _remove_files(self) -> None:
+        for ending in _ENDINGS:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + ending)
 
     def read(self, kind: type[R], **where: int | str | bytes) -> Iterator[R]:
         """Yield the records of a kind, those that were kept last at the end."""
@@ -126,16 +159,17 @@ class Journal:
 
     def tidy(self) -> None:
         """Bring the write-ahead log into the main file; for a thread, because it waits for the disk."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=0.0)) as database:
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(sqlite3.connect(self.path, timeout=0.0)) as database,
+        ):
             database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def close(self, *, emptied: bool = False) -> None:
         """Close the file; ``emptied``: nothing is left for a successor, so it goes."""
         self._database.close()
         if emptied:
-            for ending in _ENDINGS:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + ending)
+            self._remove_files()
 
 
 class _Foreign(Exception):

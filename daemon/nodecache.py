@@ -33,8 +33,7 @@ from ckptd.protocol.cache import (
     Tick,
     Wants,
 )
-from ckptd.protocol.errors import BadMessage, SessionClosed, Unsupported
-from ckptd.protocol.messages import (
+from ckptd.protocol.cache_messages import (
     CacheAnswer,
     CacheBegun,
     CacheClaim,
@@ -43,6 +42,9 @@ from ckptd.protocol.messages import (
     CacheOpened,
     CacheSkipped,
     CacheWants,
+)
+from ckptd.protocol.errors import BadMessage, SessionClosed, Unsupported
+from ckptd.protocol.messages import (
     ClientMessage,
 )
 from ckptd.staging.arena import create_arena

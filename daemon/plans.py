@@ -21,7 +21,7 @@ class Plans:
         in_use: Returns the plans of the generations in flight.
     """
 
-    def __init__(self, log: JobLog, in_use: Callable[[], Iterable[CurrentPlan | None]]) -> None:
+    def __init__(self, log: JobLog, in_use: Callable[[], Iterable[CurrentPlan]]) -> None:
         self._log, self._in_use = log, in_use
         self.in_force: CurrentPlan | None = None
 

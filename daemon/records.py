@@ -113,6 +113,22 @@ class SealRecord(Record, frozen=True, kw_only=True):
     arena_path: str
 
 
+class WaveRecord(Record, frozen=True, kw_only=True):
+    """One wave of a rank's image, from its seal on; ``written``: it is in the file, and its slot is free again."""
+
+    table: ClassVar[str] = "wave"
+    key: ClassVar[tuple[str, ...]] = ("job", "incarnation", "sequence", "rank", "begin")
+
+    job: int
+    incarnation: int
+    sequence: int
+    rank: int
+    begin: int
+    message: bytes
+    arena_path: str
+    written: bool
+
+
 class WrittenRecord(Record, frozen=True, kw_only=True):
     """A rank's image is durable: the worker's answer."""
 
@@ -147,6 +163,7 @@ TABLES: Final[tuple[type[Record], ...]] = (
     PlanRecord,
     GenerationRecord,
     SealRecord,
+    WaveRecord,
     WrittenRecord,
     VerdictRecord,
 )

@@ -25,7 +25,7 @@ def open_images(jobs: Iterable[Job], peer: Peer, request: OpenRetained) -> tuple
         Its images, and as many descriptors, which are the caller's to close; nothing if they are not all there.
     """
     for job in jobs:
-        generation = job.saves.retained
+        generation = job.saves.outcomes.retained
         if job.owner.uid == peer.uid and generation is not None and generation.save_id == request.save_id:
             return _opened(generation)
     return RetainedOpened([]), []

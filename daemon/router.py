@@ -5,7 +5,9 @@ No byte that a peer sends is unpickled; a frame that is not ours costs one count
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 from typing import Final, Protocol
 
 import zmq
@@ -46,6 +48,10 @@ class Router:
         self._socket.setsockopt(zmq.MAXMSGSIZE, _FRAME_LIMIT_BYTES)
         self._handler = handler
         self._socket.bind(endpoint)
+        self._endpoint = endpoint
+        self._probe: zmq.asyncio.Socket | None = None
+        self._probe_token = secrets.token_bytes(32)
+        self._probed = asyncio.Event()
 
     async def run(self) -> None:
         """Take messages until cancelled."""
@@ -64,6 +70,9 @@ class Router:
         if len(frames) != 2:
             raise BadMessage(f"{len(frames)} frames, 2 are expected")
         token, body = frames
+        if token == self._probe_token:
+            self._probed.set()
+            return
         session = self._handler.session(token)
         if session is None:
             raise WrongToken
@@ -79,6 +88,21 @@ class Router:
     def _put(self, address: bytes, message: DaemonMessage) -> None:
         # A future is returned only for a socket that would block, which a ROUTER without a limit never does.
         self._socket.send_multipart([address, messages.encode(message)], flags=zmq.NOBLOCK)
+
+    async def answers(self, *, timeout_s: float) -> bool:
+        """Send a message to ourselves, the way that clients do, and say whether it came in time."""
+        if self._probe is None:
+            self._probe = self._context.socket(zmq.DEALER)
+            self._probe.setsockopt(zmq.SNDHWM, 1)  # probes do not pile up behind a router that hangs
+            self._probe.connect(self._endpoint)
+        self._probed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._probe.send_multipart([self._probe_token, b""])
+                await self._probed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         """Close the socket and its file."""

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
-from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Final, cast
+from typing import cast
 
 from ckptd.checkpoint.names import is_canonical
 from ckptd.daemon.crew import Crew, JobContext
 from ckptd.daemon.generation import CurrentPlan, Generation, Seal
+from ckptd.daemon.outcomes import Outcomes, Verdict
 from ckptd.daemon.plans import Plans
+from ckptd.daemon.retries import Retrying
 from ckptd.daemon.sessions import Session
 from ckptd.daemon.supervisor import WorkerPool
 from ckptd.daemon.tasks import commit_task, hand_over_task, plan_of, plan_task, write_task
+from ckptd.daemon.watch import SaveWatch
+from ckptd.daemon.waves import SaveHooks, Waves
 from ckptd.protocol import save as rules
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
     BadMessage,
     CkptdError,
     DeadlineExceeded,
-    ErrorReport,
     RankLost,
-    SaveSkipped,
     ShuttingDown,
     UnexpectedError,
     from_report,
@@ -51,23 +52,12 @@ from ckptd.protocol.messages import (
     Sealed,
     SlotFreed,
     WriteDone,
+    WriteTask,
 )
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed
 from ckptd.staging.arena import SlotState
 
 logger = logging.getLogger(__name__)
-
-_HISTORY: Final = 32
-# A rank that lags may speak of a save that has ended; more than a few saves behind, its slots would be busy.
-_VERDICTS: Final = 256
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a generation ended. ``error`` is None where it was committed."""
-
-    save_id: str
-    error: ErrorReport | None
-    metadata: bytes = b""
 
 
 class Saves:
@@ -80,31 +70,30 @@ class Saves:
 
     def __init__(self, crew: Crew, context: JobContext) -> None:
         self._crew = crew
-        self._config, self._metrics, self._send = context.config, context.metrics, context.send
+        self._config, self._send = context.config, context.send
+        self.watch = SaveWatch(context.metrics)
         self.generations: dict[tuple[int, int], Generation] = {}
-        self.history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
-        self.retained: Generation | None = None  # the last one committed, whose image may still be in memory
-        self.verdicts: dict[tuple[int, int], Verdict] = {}
-        self.plans = Plans(crew.log, lambda: [g.plan for g in self.generations.values()])
+        self.outcomes = Outcomes(crew.log)
+        self.plans = Plans(crew.log, lambda: [plan for g in self.generations.values() for plan in g.plans])
         self._stopping = False
         self._left = False
+        hooks = SaveHooks(self._begin, self._fail_rank, self._progress, self._pool, self._send)
+        self._waves = Waves(crew, self._config, hooks)
+
+    def ids_in_flight(self) -> list[str]:
+        """Ids of the checkpoints that are being saved."""
+        return [generation.rules.checkpoint_id for generation in self.generations.values()]
 
     @property
     def busy_arenas(self) -> set[int]:
         """Numbers of the arenas that generations in flight still need."""
-        return {seal.arena.number for g in self.generations.values() for seal in g.seals.values()}
-
-    @property
-    def retained_arenas(self) -> set[int]:
-        """Numbers of the arenas that hold the image of the last commit, as long as nobody has staged over it."""
-        retained = self.retained
-        return set() if retained is None else {seal.arena.number for seal in retained.seals.values()}
+        running = self.generations.values()
+        sealed = {seal.arena.number for g in running for seal in g.seals.values()}
+        return sealed | {waves.arena.number for g in running for waves in g.waves.values()}
 
     def drop_retained(self) -> None:
         """The memory of the last commit is wanted."""
-        retained, self.retained = self.retained, None
-        if retained is not None:
-            self._crew.log.over(retained)
+        if self.outcomes.drop_retained():
             self._crew.release_retired()
 
     def fail_incomplete(self, error: CkptdError) -> None:
@@ -143,7 +132,7 @@ class Saves:
     def status(self) -> list[dict[str, object]]:
         """Return the last generations and those in flight."""
         running = [g.status() for g in self.generations.values() if not g.dry and g.ended_at_s is None]
-        return [*self.history, *running]
+        return [*self.outcomes.history, *running]
 
     def go_on_with(self, generation: Generation) -> None:
         """Take up a generation that a daemon before this one has left: say again what had happened to it.
@@ -151,6 +140,8 @@ class Saves:
         Its seals, and what was written of it, are known already; the rules ask for whatever is still to be done.
         """
         self.generations[(generation.incarnation, generation.sequence)] = generation
+        for rank in list(generation.waves):
+            self._waves.go_on(generation, rank)
         for rank, seal in list(generation.seals.items()):
             self._apply(generation, _sealed_event(rank, seal.message))
 
@@ -177,42 +168,46 @@ class Saves:
         generation.proposals[session.rank] = message
         self._apply(generation, rules.Proposed(session.rank, message.checkpoint_id, message.digest))
 
-    def on_sealed(self, session: Session, message: Sealed) -> None:
-        """A rank's image is complete. Raises BadMessage if the slot is not this session's."""
+    def on_sealed(self, session: Session, message: Sealed | WaveSealed) -> None:
+        """A rank's image, or a wave of it, is complete. Raises BadMessage if the slot is not this session's."""
         arena = session.check(message)
         generation = self._generation(session, message)
         if generation is None:
             arena.set_state(message.slot, SlotState.FREE)
             self._send(session, SlotFreed(message.arena, message.slot))
             return
-        if session.rank in generation.seals:
+        if session.rank in generation.seals and isinstance(message, Sealed):
             return
         reach(CrashPoint.DAEMON_SEAL_HEARD)
-        generation.seals[session.rank] = seal = Seal(message, arena)
         generation.rules.checkpoint_id = generation.rules.checkpoint_id or message.checkpoint_id
+        if isinstance(message, WaveSealed) or message.wave_bytes:
+            stages = (session.rank, message.checkpoint_id, message.digest, message.image_bytes)
+            self._apply(generation, rules.RankStages(*stages))
+            self._waves.take(generation, session.rank, message, arena)
+            if isinstance(message, WaveSealed) or generation.rules.decided:
+                return
+        generation.seals[session.rank] = seal = Seal(message, arena)
         self._crew.log.sealed(generation, session.rank, seal)
         reach(CrashPoint.DAEMON_SEAL_JOURNALED)
-        self._metrics.observe_phase("stage", message.stage_s)
-        self._metrics.observe_phase("plan", message.plan_s)
-        self._metrics.observe_stall(message.stall_s)
-        self._metrics.staged(message.image_bytes)
+        self.watch.sealed(generation, session.rank, message)
         self._apply(generation, _sealed_event(session.rank, message))
 
     def on_gave_up(self, session: Session, message: GaveUp) -> None:
         """A rank will not stage its part."""
         generation = self._generation(session, message)
         if generation is not None:
+            generation.rules.checkpoint_id = generation.rules.checkpoint_id or message.checkpoint_id
             self._apply(generation, rules.RankFell(session.rank, from_report(message.error)))
 
-    def _generation(self, session: Session, message: Propose | Sealed | GaveUp) -> Generation | None:
+    def _generation(self, session: Session, message: Propose | Sealed | WaveSealed | GaveUp) -> Generation | None:
         """Return the generation that a message speaks of; None if it has ended, which the rank is told again."""
         # What a user's own writer takes for an id is its own affair; no path is made of it here.
         handed_over = isinstance(message, Sealed) and message.code_bytes > 0
         if not (handed_over or isinstance(message, GaveUp) or is_canonical(message.checkpoint_id)):
             raise BadMessage(f"checkpoint id {message.checkpoint_id!r}, which is no absolute path")
         key = (session.incarnation, message.sequence)
-        if key in self.verdicts:
-            self._tell_verdict(session, message.sequence, self.verdicts[key])
+        if key in self.outcomes.verdicts:
+            self._tell_verdict(session, message.sequence, self.outcomes.verdicts[key])
             return None
         generation = self.generations.get(key)
         if generation is None and self._stopping:
@@ -295,7 +290,7 @@ class Saves:
         made_for = (generation.incarnation, generation.sequence)
         ranks = PlanRanks(task.plans, done.assigned)
         plan = CurrentPlan(path, tuple(task.digests), tuple(done.image_bytes), made_for, _ranks=ranks)
-        generation.plan = plan
+        generation.older_plans, generation.plan = generation.plans, plan
         in_force = generation.incarnation == self._crew.roster.incarnation
         self._crew.log.plan(plan, in_force=in_force)
         reach(CrashPoint.DAEMON_PLAN_JOURNALED)
@@ -313,7 +308,8 @@ class Saves:
 
     def _tell_assignment(self, session: Session, sequence: int, plan: CurrentPlan) -> None:
         rank = session.rank
-        self._send(session, Assigned(sequence, plan.digests[rank], plan.ranks().assigned[rank]))
+        mine, job_bytes = plan.ranks().assigned[rank], sum(plan.image_bytes)
+        self._send(session, Assigned(sequence, plan.digests[rank], mine, job_bytes))
 
     async def _write(self, generation: Generation, rank: int) -> None:
         """Have a rank's image written, unless it was before a restart."""
@@ -322,31 +318,40 @@ class Saves:
             self._apply(generation, rules.ImageWritten(rank, known.bytes_written))
             return
         seal = generation.seals[rank]
+        if seal.message.wave_bytes:
+            await self._make_durable(generation, rank, await self._waves.finish(generation, rank))
+            return
         seal.arena.set_state(seal.message.slot, SlotState.PERSISTING, generation.sequence)
         task = write_task(generation, rank, self._config)
         reach(CrashPoint.DAEMON_WRITE_BEGUN)
+        await self._make_durable(generation, rank, task)
+
+    async def _make_durable(self, generation: Generation, rank: int, task: WriteTask | FinishWavesTask) -> None:
         try:
-            reply = await self._pool().run(
+            pool = Retrying(self._pool, backoff=self._config.write_backoff, on_retry=self.watch.write_begun_anew)
+            reply = await pool.run(
                 task,
                 on_progress=lambda done: self._progress(generation, rank, done),
-                on_start=lambda waited: self._metrics.observe_phase("queue", waited),
+                on_start=lambda waited: self.watch.writing_began(generation, waited),
             )
         except CkptdError as error:
-            self._apply(generation, rules.Broke(error, rank))
+            self._fail_rank(generation, rank, error)
             return
         done = cast(WriteDone, reply)
         reach(CrashPoint.DAEMON_WRITTEN)
         generation.written[rank] = done
         self._crew.log.written(generation, rank)
         reach(CrashPoint.DAEMON_WRITTEN_JOURNALED)
-        self._metrics.observe_phase("write", done.write_s)
-        self._metrics.observe_phase("fsync", done.fsync_s)
-        self._metrics.written(done.bytes_written)
+        self.watch.written(generation, done)
         self._progress(generation, rank, done.bytes_written)
         self._apply(generation, rules.ImageWritten(rank, done.bytes_written))
 
+    def _fail_rank(self, generation: Generation, rank: int, error: CkptdError) -> None:
+        self._apply(generation, rules.Broke(error, rank))
+
     def _progress(self, generation: Generation, rank: int, bytes_done: int) -> None:
         generation.bytes_done[rank] = bytes_done
+        generation.timeline.writing_began()
         generation.note_news()
         news = Progress(generation.sequence, sum(generation.bytes_done.values()), generation.bytes_total)
         self._tell(generation, news)
@@ -363,9 +368,8 @@ class Saves:
         )
         generation.metadata = done.metadata
         reach(CrashPoint.DAEMON_PUBLISHED)
-        self._metrics.observe_phase("write", time.monotonic() - begun)
-        self._metrics.written(generation.bytes_total)
-        self._metrics.committed(generation.bytes_total, generation.seconds, now=time.time())
+        self.watch.handed_over(generation, time.monotonic() - begun)
+        self.watch.committed(generation, generation.bytes_total)
         self._apply(generation, rules.Published())
 
     async def _older_ones_end(self, generation: Generation) -> None:
@@ -380,9 +384,9 @@ class Saves:
         reach(CrashPoint.DAEMON_COMMITTING)
         done = cast(CommitDone, await self._pool().run(commit_task(generation, self._crew.name)))
         reach(CrashPoint.DAEMON_PUBLISHED)
-        self._metrics.observe_phase("commit", time.monotonic() - begun)
+        self.watch.took(generation, "commit", time.monotonic() - begun)
         self.plans.note_commit(plan_of(generation))
-        self._metrics.committed(done.bytes_total, generation.seconds, now=time.time())
+        self.watch.committed(generation, done.bytes_total)
         self._apply(generation, rules.Published())
 
     def _announce_commit(self, generation: Generation) -> None:
@@ -396,16 +400,15 @@ class Saves:
         self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
         reach(CrashPoint.DAEMON_COMMIT_TOLD)
         self._end(generation)
+        if (keep := generation.keep) is not None:
+            self._crew.retention.request(os.path.dirname(generation.rules.checkpoint_id), keep)
 
     def _abandon(self, generation: Generation, action: rules.Abandon) -> None:
         logger.warning(
             "failed %s (job %s, save %d): %s",
             generation.rules.checkpoint_id, self._crew.name, generation.sequence, action.error,
         )  # fmt: skip
-        if isinstance(action.error, SaveSkipped):
-            self._metrics.skipped()
-        else:
-            self._metrics.failed(action.error)
+        self.watch.failed(action.error)
         replan = True
         if generation.incarnation == self._crew.roster.incarnation:
             replan = self.plans.doubt(always=action.replan)
@@ -423,7 +426,7 @@ class Saves:
         await asyncio.gather(*writers, return_exceptions=True)
         if self._left:
             return
-        if generation.seals and not generation.rules.handed_over and self._crew.pool is not None:
+        if (generation.seals or generation.waves) and not generation.rules.handed_over and self._crew.pool is not None:
             try:
                 await self._crew.pool.run(DiscardTask(generation.directory))
             except CkptdError as error:
@@ -433,41 +436,21 @@ class Saves:
 
     def _end(self, generation: Generation) -> None:
         generation.ended_at_s = time.monotonic()
-        if not generation.dry:
-            self.history.append(generation.status())
-        key = (generation.incarnation, generation.sequence)
-        self.generations.pop(key, None)
-        error = generation.rules.error
-        self._remember(key, Verdict(generation.save_id, None if error is None else error.report(), generation.metadata))
-        self._retain_or_forget(generation)
+        self.generations.pop((generation.incarnation, generation.sequence), None)
+        self.outcomes.end(generation, retain=generation.incarnation == self._crew.roster.incarnation)
         self._free_slots(generation)
-        if generation.plan is not None:
-            self.plans.remove_unneeded(generation.plan)
+        for plan in generation.plans:
+            self.plans.remove_unneeded(plan)
         generation.ended.set()
         self._crew.release_retired()
         reach(CrashPoint.DAEMON_SLOTS_FREED)
 
-    def _remember(self, key: tuple[int, int], verdict: Verdict) -> None:
-        self.verdicts[key] = verdict
-        while len(self.verdicts) > _VERDICTS:
-            oldest = next(iter(self.verdicts))
-            del self.verdicts[oldest]
-            self._crew.log.forget_verdict(*oldest)
-
-    def _retain_or_forget(self, generation: Generation) -> None:
-        """Keep the image of the last commit in its slots until they are needed; of anything else keep nothing."""
-        committed = generation.rules.error is None and not generation.dry
-        if not committed or generation.rules.handed_over or generation.incarnation != self._crew.roster.incarnation:
-            self._crew.log.over(generation)
-            return
-        older, self.retained = self.retained, generation
-        generation.forget_work()
-        if older is not None:
-            self._crew.log.over(older)
-
     def _free_slots(self, generation: Generation) -> None:
-        free = SlotState.RETAINED if generation is self.retained else SlotState.FREE
+        self._waves.release(generation)
+        free = SlotState.RETAINED if generation is self.outcomes.retained else SlotState.FREE
         for rank, seal in generation.seals.items():
+            if seal.message.wave_bytes:
+                continue  # free since it was written, and perhaps in use again
             seal.arena.set_state(seal.message.slot, free, generation.sequence)
             session = self._crew.sessions.get(rank)
             if session is not None and seal.arena.number in session.arenas:

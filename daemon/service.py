@@ -3,60 +3,70 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
 from ckptd import __version__
+from ckptd.checkpoint.names import is_canonical
+from ckptd.daemon.admission import Admission
 from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
 from ckptd.daemon.attach import serve_attach
 from ckptd.daemon.config import Config
 from ckptd.daemon.crew import JobContext
 from ckptd.daemon.directories import Directories
-from ckptd.daemon.http import HttpServer, start_http
+from ckptd.daemon.gate import load_access
+from ckptd.daemon.http import HttpServer, Limits, start_http
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
+from ckptd.daemon.listening import listen, write_text
+from ckptd.daemon.live import Observer, room_status
+from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
 from ckptd.daemon.records import ArenaRecord
 from ckptd.daemon.retained import open_images
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
+from ckptd.daemon.volumes import VolumeWatch
 from ckptd.protocol import errors
+from ckptd.protocol.cache_messages import (
+    CacheOpened,
+    OpenCache,
+)
 from ckptd.protocol.messages import (
     Attach,
     Attached,
-    CacheOpened,
     ClientMessage,
     DaemonMessage,
     Detach,
+    Drained,
     Echo,
     GaveUp,
     Heartbeat,
     OpenArena,
-    OpenCache,
     Propose,
     Resume,
     Sealed,
 )
-from ckptd.protocol.paths import attach_socket, http_address_file, message_endpoint
+from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
 from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
-from ckptd.staging.arena import SlotState, create_arena
+from ckptd.protocol.retention_messages import Retain
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.staging.arena import arena_bytes, create_arena, discard_pages
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["embedded", "user", "system"]
 
 _TICK_S: Final = 1.0  # at most: more often where signs of life are asked for more often
-# A slot that keeps a committed image is free for whoever wants to stage.
-_SLOT_NAMES: Final = {state: state.name.lower() for state in SlotState} | {SlotState.RETAINED: "free"}
 _JOBS_REMEMBERED: Final = 64
 _REASONS: Final[dict[type[errors.CkptdError], Reason]] = {
     errors.BadMessage: "garbage",
@@ -81,6 +91,10 @@ class Daemon:
     def __init__(self, config: Config, place: Place) -> None:
         self._config, self._place = config, place
         self.metrics = Metrics(self._live)
+        self._volumes = VolumeWatch(config.shm_dir)
+        self._observer = Observer(self._volumes)
+        self._http: HttpServer | None = None
+        self._admission = Admission(config)
         self._jobs: dict[tuple[int, str], Job] = {}
         self._adopted: list[Job] = []  # from journals of other daemons: nobody attaches to these
         self._job_of: dict[Session, Job] = {}
@@ -93,6 +107,7 @@ class Daemon:
         self._http_address = ""
         self._router: Router | None = None
         self._name = secrets.token_hex(8)
+        self._manager = Managed(config, place.mode, self.status)
         # As root the workers take the trainer's uid; whoever runs a service for others decides whether that is enough.
         self._user_code = place.mode != "system" if config.user_code == "auto" else config.user_code
 
@@ -110,29 +125,59 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup(self._manager.reload, self._stop.set))
         http: HttpServer | None = None
-        listener = _listen(attach_socket(self._place.runtime), everyone=everyone)
+        listener = self._take_listener(attach_socket(self._place.runtime), everyone=everyone)
         try:
             self._router = Router(message_endpoint(self._place.runtime), self)
             if self._place.mode == "system":
                 os.chmod(message_endpoint(self._place.runtime).removeprefix("ipc://"), 0o666)
-            http = await start_http(self._place.http, self, self.metrics)
+            self._http = http = await self._start_http()
             self._http_address = http.address
+            self._volumes.start()
             self._adopt()
-            _write_text(http_address_file(self._place.runtime), http.address + "\n")
+            write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
             ticking = asyncio.create_task(self._tick_for_ever())
+            watching = asyncio.create_task(self._manager.watch(self._router))
+            self._manager.ready()
             logger.info("ready (%s, pid %d): sockets in %s", self._place.mode, os.getpid(), self._place.runtime)
             print(f"ckptd {__version__} serves http://{http.address} from {self._place.runtime}", flush=True)  # noqa: T201
-            await self._wait_for_end([attaching, routing, ticking])
-            await self._finish()
+            tasks = [attaching, routing, ticking, watching]
+            await self._wait_for_end(tasks)
+            self._manager.stopping()
+            logger.info("stopping: finishing what is sealed")
+            if left := await self._finish(self._config.stop_timeout_s):
+                logger.error(
+                    "stopped with %d saves unfinished after %.0f s: left to the next daemon",
+                    left, self._config.stop_timeout_s,
+                )  # fmt: skip
             self._leaving = True
-            for task in (attaching, routing, ticking):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(attaching, routing, ticking, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._tear_down(listener, http)
+
+    async def _start_http(self) -> HttpServer:
+        access, limits = load_access(self._config), Limits(self._config.http_connections)
+        server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
+        if access.token is not None:
+            # For `ckptd status`, which is ours if it can read this.
+            write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
+        return server
+
+    def _take_listener(self, path: str, *, everyone: bool) -> socket.socket:
+        """Return the attach socket: the service manager's, or one of our own."""
+        try:
+            return self._manager.listener(path) or listen(path, everyone=everyone)
+        except errors.CkptdError:
+            self._journal.close()
+            with contextlib.suppress(OSError):  # something for our successor lies there
+                os.rmdir(self._directories.root)
+            self._directories.release()
+            raise
 
     def _context(self) -> JobContext:
         return JobContext(
@@ -169,21 +214,16 @@ class Daemon:
         for task in done - {stop}:
             task.result()  # a broken transport ends the process; the service manager starts it again
 
-    async def _finish(self) -> None:
-        """Finish what is sealed; take nothing new."""
+    async def _finish(self, timeout_s: float) -> int:
+        """Finish what is sealed; take nothing new. Returns how many saves are unfinished when time is up."""
         self._stopping = True
-        logger.info("stopping: finishing what is sealed")
         for job in self._all_jobs():
             job.saves.stop_collecting()
-        pending = [g.ended.wait() for job in self._all_jobs() for g in job.saves.generations.values()]
-        try:
-            async with asyncio.timeout(self._config.stop_timeout_s):
-                await asyncio.gather(*pending)
-        except TimeoutError:
-            logger.error(
-                "stopped with %d saves unfinished after %.0f s: left to the next daemon",
-                len(pending), self._config.stop_timeout_s,
-            )  # fmt: skip
+        pending = [g for job in self._all_jobs() for g in job.saves.generations.values()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(generation.ended.wait() for generation in pending))
+        return sum(not generation.ended.is_set() for generation in pending)
 
     async def _tear_down(self, listener: socket.socket, http: HttpServer | None) -> None:
         left = False
@@ -200,8 +240,9 @@ class Daemon:
             self._router.close()
         runtime = self._place.runtime
         messages_socket = message_endpoint(runtime).removeprefix("ipc://")
-        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime)):
-            if os.path.lexists(path):
+        self._volumes.close()
+        for path in (attach_socket(runtime), messages_socket, http_address_file(runtime), http_token_file(runtime)):
+            if os.path.lexists(path) and not (path == attach_socket(runtime) and self._manager.owns_listener):
                 os.unlink(path)
         self._journal.close(emptied=not left)
         self._directories.release(emptied=not left)
@@ -219,7 +260,7 @@ class Daemon:
             for job in self._all_jobs():
                 await self._look_after(job)
             self._forget_old_jobs()
-            if not all(job.idle for job in self._all_jobs()):
+            if not all(job.resting for job in self._all_jobs()):
                 idle_since_s = time.monotonic()
             elif self._place.mode == "embedded" and time.monotonic() - idle_since_s > self._config.idle_exit_s:
                 logger.info("idle for %.0f s: an embedded daemon ends", self._config.idle_exit_s)
@@ -233,14 +274,14 @@ class Daemon:
         job.expire()
         if job.empty and job.in_use:
             await job.close()
-        elif job.idle and job.pool is not None:
+        elif job.resting and job.pool is not None:
             await job.rest()
 
     def _forget_old_jobs(self) -> None:
         self._adopted = [job for job in self._adopted if job.in_use]
         done = [key for key, job in self._jobs.items() if not job.in_use]
         for key in done[: max(0, len(self._jobs) - _JOBS_REMEMBERED)]:
-            del self._jobs[key]
+            self._jobs.pop(key).log.forget()
 
     # --- attach: daemon.attach.Host ------------------------------------------------------------------------------
 
@@ -285,7 +326,9 @@ class Daemon:
         session.heard_at_s = time.monotonic()
         session.attached = True
         session.attachment += 1
-        logger.info("rank %d of job %s is back", session.rank, self._job_of[session].name)
+        job = self._job_of[session]
+        job.take_up_seals_of(session)
+        logger.info("rank %d of job %s is back", session.rank, job.name)
         return session, self._attached(session)
 
     def _attached(self, session: Session) -> Attached:
@@ -303,20 +346,25 @@ class Daemon:
         )
 
     async def open_arena(self, session: Session, request: OpenArena) -> ArenaFile:
-        """Make an arena; its pages are reserved by a thread, because that takes a second for some GB."""
+        """Make an arena, if there is room; a thread reserves its pages, because that takes a second for some GB."""
         job = self._job_of[session]
         self._arenas_made += 1
         number = self._arenas_made
+        for number_before in session.arenas.keys() - job.saves.busy_arenas:
+            discard_pages(session.arenas[number_before].descriptor)  # the client has dropped it, or it would not ask
         job.release_arenas(session)
         path = job.files.path(f"rank-{session.rank}-{number}.arena")
         owner = job.files.owner
         make = partial(create_arena, path, slots=request.slots, slot_bytes=request.slot_bytes, owner=owner)
+        nbytes = arena_bytes(request.slots, request.slot_bytes)
         try:
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         except errors.ShmTooSmall:
             if not self._drop_what_the_dead_keep():
                 raise
-            descriptor = await asyncio.to_thread(make)
+            with self._admission.reserve(path, nbytes, pid=session.peer.pid):
+                descriptor = await asyncio.to_thread(make)
         arena = ArenaFile(number, path, descriptor, request.slots, request.slot_bytes)
         job.open_arena(session, arena)
         return arena
@@ -346,6 +394,13 @@ class Daemon:
     def retained_closed(self, message: RetainedClosed) -> None:
         """A load from memory is over."""
         self.metrics.loaded_from_memory(message.outcome, message.read_bytes)
+
+    async def drain(self, peer: Peer, timeout_s: float) -> Drained:
+        """Take nothing new from now on, and finish what is sealed; only the daemon's own user and root may ask."""
+        if peer.uid not in (0, os.geteuid()):
+            raise errors.Forbidden(peer.uid, os.geteuid())
+        logger.info("draining, as pid %d asks: finishing what is sealed", peer.pid)
+        return Drained(await self._finish(timeout_s), os.getpid())
 
     def lose(self, session: Session, reason: str) -> None:
         """A peer is gone."""
@@ -378,10 +433,14 @@ class Daemon:
                 self._send(session, Echo())
             case Propose():
                 job.saves.on_propose(session, message)
-            case Sealed():
+            case Sealed() | WaveSealed():
                 job.saves.on_sealed(session, message)
             case GaveUp():
                 job.saves.on_gave_up(session, message)
+            case Retain():
+                if not is_canonical(message.root):
+                    raise errors.BadMessage(f"folder {message.root!r}, which is no absolute path")
+                job.retention.request(message.root, message.keep)
             case Detach():
                 self.lose(session, "left")
             case _:
@@ -395,7 +454,9 @@ class Daemon:
 
     def ready(self) -> str | None:
         """Return why the daemon takes no saves, or None if it does."""
-        return "stopping" if self._stopping else None
+        if not self._stopping:
+            return None
+        return "stopping" if self._stop.is_set() else "draining"
 
     def status(self) -> dict[str, object]:
         """Return what `/status` shows."""
@@ -407,46 +468,15 @@ class Daemon:
             "http": self._http_address,
             "mode": self._place.mode,
             "runtime_dir": self._place.runtime,
+            "takes_saves": not self._stopping,
             "started_unix_s": self._started_unix_s,
             "uptime_s": now - self._started_unix_s,
+            "now_unix_s": now,
+            "last_commit_unix_s": self.metrics.last_commit_s,
+            "volumes": room_status(self._observer.rooms(self._all_jobs())),
             "workers": [pid for job in self._all_jobs() for pid in job.worker_pids],
             "jobs": jobs,
         }
 
     def _live(self) -> Live:
-        slots = Counter({"free": 0, "staging": 0, "sealed": 0, "persisting": 0})
-        arena_bytes = 0
-        for session in self._sessions.values():
-            for arena in session.arenas.values():
-                slots.update(_SLOT_NAMES[state] for state, _ in arena.states())
-                arena_bytes += arena.slots * arena.slot_bytes
-        pools = [job.pool for job in self._all_jobs() if job.pool is not None]
-        return Live(
-            slots=dict(slots),
-            queue_depth=sum(pool.depth for pool in pools),
-            sessions=len(self._sessions),
-            workers=sum(len(pool.pids) for pool in pools),
-            arena_bytes=arena_bytes,
-        )
-
-
-def _listen(path: str, *, everyone: bool) -> socket.socket:
-    if os.path.lexists(path):
-        os.unlink(path)  # the lock is ours, so it is a dead daemon's
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o666 if everyone else 0o600)
-        listener.listen(socket.SOMAXCONN)
-    except OSError as error:
-        listener.close()
-        raise errors.SystemCallFailed("bind", path, error.errno or 0) from None
-    listener.setblocking(False)
-    return listener
-
-
-def _write_text(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+        return self._observer.observe(self._all_jobs(), self._sessions.values(), self._http)

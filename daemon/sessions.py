@@ -18,6 +18,8 @@ from ckptd.daemon.supervisor import Identity
 from ckptd.protocol import messages
 from ckptd.protocol.errors import BadMessage
 from ckptd.protocol.messages import Sealed
+from ckptd.protocol.wave_messages import WaveSealed
+from ckptd.protocol.waves import part_of
 from ckptd.staging.arena import ALIGNMENT_BYTES, SlotState, is_held, read_seal, read_slot, write_slot_state
 
 TOKEN_BYTES: Final = 32
@@ -43,7 +45,9 @@ class Peer:
         except OSError:
             return False  # in a pid namespace that is not ours: nobody can tell
         try:
-            return bool(select.select([descriptor], [], [], 0)[0])
+            ended = select.poll()  # select(2) takes no descriptor above 1023
+            ended.register(descriptor, select.POLLIN)
+            return bool(ended.poll(0))
         finally:
             os.close(descriptor)
 
@@ -108,19 +112,20 @@ class Session:
         """Seconds since the last message."""
         return time.monotonic() - self.heard_at_s
 
-    def check(self, seal: Sealed) -> ArenaFile:
+    def check(self, seal: Sealed | WaveSealed) -> ArenaFile:
         """Return the arena that a seal names. Raises BadMessage if it is not this session's, or does not fit."""
         arena = self.arenas.get(seal.arena)
         if arena is None or not 0 <= seal.slot < arena.slots:
             raise BadMessage(f"slot {seal.slot} of arena {seal.arena}, which this session does not have")
-        aligned = seal.control_bytes % ALIGNMENT_BYTES == 0 and seal.image_bytes % ALIGNMENT_BYTES == 0
-        if not aligned or seal.control_bytes + seal.image_bytes > arena.slot_bytes:
+        begin, nbytes = part_of(seal)
+        aligned = all(number % ALIGNMENT_BYTES == 0 for number in (seal.control_bytes, begin, nbytes, seal.image_bytes))
+        if not aligned or seal.control_bytes + nbytes > arena.slot_bytes or begin + nbytes > seal.image_bytes:
             raise BadMessage(f"an image of {seal.image_bytes} bytes in a slot of {arena.slot_bytes}")
-        if seal.code_offset + seal.code_bytes > seal.image_bytes:
+        if isinstance(seal, Sealed) and seal.code_offset + seal.code_bytes > seal.image_bytes:
             raise BadMessage(f"a hand-over of {seal.code_bytes} bytes behind the end of its image")
         return arena
 
-    def seals_left_behind(self) -> Iterator[Sealed]:
+    def seals_left_behind(self) -> Iterator[Sealed | WaveSealed]:
         """Yield the seals that stand in the arenas: a trainer may die between sealing a slot and saying so."""
         for arena in self.arenas.values():
             for slot in range(arena.slots):
@@ -131,7 +136,7 @@ class Session:
                     seal = messages.decode_client_message(data)
                 except BadMessage:
                     continue  # half-written or forged: nothing was sealed
-                if isinstance(seal, Sealed) and (seal.arena, seal.slot) == (arena.number, slot):
+                if isinstance(seal, Sealed | WaveSealed) and (seal.arena, seal.slot) == (arena.number, slot):
                     yield seal
 
     def status(self) -> dict[str, object]:

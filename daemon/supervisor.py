@@ -153,13 +153,19 @@ class WorkerPool:
         settings: How they are run.
         lock: Waits until no worker of an earlier daemon is left, and returns the descriptor that ours inherit.
         on_restart: Called when a dead worker is replaced.
+        on_retry: Called when the task of a dead worker is begun anew.
     """
 
     def __init__(
-        self, settings: WorkerSettings, *, lock: Callable[[], Awaitable[int]], on_restart: Callable[[], None]
+        self,
+        settings: WorkerSettings,
+        *,
+        lock: Callable[[], Awaitable[int]],
+        on_restart: Callable[[], None],
+        on_retry: Callable[[], None] = lambda: None,
     ) -> None:
-        self._settings = settings
-        self._lock, self._on_restart = lock, on_restart
+        self._settings, self._lock = settings, lock
+        self._on_restart, self._on_retry = on_restart, on_retry
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
         self._processes: dict[int, _WorkerProcess] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -255,6 +261,8 @@ class WorkerPool:
     async def _perform(self, number: int, job: _Job) -> None:
         error: CkptdError = ShuttingDown()
         for attempt in range(1, self._settings.attempts + 1):
+            if attempt > 1:
+                self._on_retry()
             try:
                 worker = await self._worker(number)
             except TimeoutError:  # before OSError, of which it is one

@@ -74,6 +74,7 @@ def commit_task(generation: Generation, job: str) -> CommitTask:
             "sequence": str(generation.sequence),
             "save_id": generation.save_id,
             "world_size": str(generation.rules.world_size),
+            **generation.user_header(),
         },
     )
 

@@ -22,15 +22,19 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ckptd.checkpoint.commit import commit, discard_save, prepare_directory
+from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.items import decode_plan
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.removal import retain
+from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.checkpoint.write import Pace, Payloads, write_image
+from ckptd.checkpoint.write_wave import Place, finish_waves, frame_of_file, write_wave
 from ckptd.daemon.generation import RANKS_SUFFIX
 from ckptd.protocol import messages
 from ckptd.protocol.crash_points import CrashPoint, reach
-from ckptd.protocol.errors import BadMessage, CkptdError, SystemCallFailed, UnexpectedError
+from ckptd.protocol.errors import BadMessage, CkptdError, UnexpectedError
 from ckptd.protocol.messages import (
     CommitDone,
     CommitTask,
@@ -48,6 +52,8 @@ from ckptd.protocol.messages import (
     WriteProgress,
     WriteTask,
 )
+from ckptd.protocol.retention_messages import RetainTask
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveWritten, WriteWaveTask
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,9 @@ _IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_BEST_EFFORT_LOWEST: Final = (2 << 13) | 7
 
+# In thousandths of all memory: as if a worker held a tenth more than it does. Source: proc(5), oom_score_adj.
+_OOM_SCORE_MORE: Final = 100
+_OOM_SCORE_MOST: Final = 1000
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -72,19 +81,15 @@ class _Arenas:
 
     def view(self, path: str) -> memoryview:
         """Return the arena's bytes, read-only. Raises SystemCallFailed."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SystemCallFailed("open", path, error.errno or 0) from None
-        try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = named("open", path, lambda: os.open(path, flags))
+        with closed_at_end(descriptor, path):
             inode = os.fstat(descriptor).st_ino
             known = self._views.get(path)
             if known is None or known[0] != inode:
                 self._forget_deleted()
-                memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                memory = named("mmap", path, lambda: mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
                 self._views[path] = known = (inode, memoryview(memory))
-        finally:
-            os.close(descriptor)
         return known[1]
 
     def _forget_deleted(self) -> None:
@@ -142,11 +147,17 @@ class Worker:
                 return _plan(task)
             case WriteTask():
                 return self._write(task)
+            case WriteWaveTask():
+                return self._write_wave(task)
+            case FinishWavesTask():
+                return _finish_waves(task)
             case CommitTask():
                 return CommitDone(commit(load_plan(task.plan_path), task))
             case DiscardTask():
                 discard_save(task.directory)
                 return DiscardDone()
+            case RetainTask():
+                return retain(task)
             case HandOverTask():
                 from ckptd.daemon.handover import save_handed_over  # torch, and whatever else the user's code needs
 
@@ -157,10 +168,7 @@ class Worker:
         rows = load_plan(task.plan_path).ranks[task.rank]
         lengths = rows.true_bytes(task.object_bytes)
         prepare_directory(task.directory)
-        arena = self._arenas.view(task.arena_path)
-        image = arena[task.image_offset : task.image_offset + task.image_bytes]
-        if image.nbytes != task.image_bytes:
-            raise BadMessage(f"an image of {task.image_bytes} bytes that its arena does not hold")
+        image = self._staged(task.arena_path, task.image_offset, task.image_bytes)
         written = write_image(
             os.path.join(task.directory, task.file),
             image,
@@ -173,11 +181,41 @@ class Worker:
             written.bytes_written, hashes, written.frame_hash, written.write_s, written.fsync_s, written.direct
         )
 
+    def _write_wave(self, task: WriteWaveTask) -> WaveWritten:
+        if task.first:
+            prepare_directory(task.directory)
+        write_s, direct = write_wave(
+            os.path.join(task.directory, task.file),
+            self._staged(task.arena_path, task.wave_offset, task.nbytes),
+            Place(task.begin, task.image_bytes, task.first),
+            pace=Pace(task.threads, task.chunk_bytes),
+            on_progress=self._progress,
+        )
+        return WaveWritten(write_s, direct)
+
+    def _staged(self, arena_path: str, offset: int, nbytes: int) -> memoryview:
+        staged = self._arenas.view(arena_path)[offset : offset + nbytes]
+        if staged.nbytes != nbytes:
+            raise BadMessage(f"an image of {nbytes} bytes that its arena does not hold")
+        return staged
+
     def _progress(self, bytes_done: int) -> None:
         now = time.monotonic()
         if now - self._last_progress_s >= _PROGRESS_INTERVAL_S:
             self._last_progress_s = now
             self._send(WriteProgress(bytes_done))
+
+
+def _finish_waves(task: FinishWavesTask) -> WriteDone:
+    rows = load_plan(task.plan_path).ranks[task.rank]
+    items = Payloads(rows.data_offset, rows.true_bytes(task.object_bytes), rows.index_rows >= 0)
+    if len(task.hashes) != 8 * len(items.offsets):
+        raise BadMessage(f"{len(task.hashes)} bytes of hashes for {len(items.offsets)} items")
+    path = os.path.join(task.directory, task.file)
+    fsync_s = finish_waves(path, task.image_bytes)
+    # The client takes all that it stages for indexed, as a plan has it that was made before anybody had staged.
+    frame_hash = task.frame_hash if items.indexed.all() else frame_of_file(path, items, task.image_bytes)
+    return WriteDone(task.image_bytes, task.hashes, frame_hash, task.write_s, fsync_s, task.direct)
 
 
 def _plan(task: PlanTask) -> PlanDone:
@@ -203,6 +241,14 @@ def _step_back(nice: int) -> None:
         ctypes.CDLL(None).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_BEST_EFFORT_LOWEST)
 
 
+def _go_first() -> None:
+    """Where memory runs out, be killed before the daemon and before trainers: a worker's work is done again."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+        ours = int(file.read())
+        file.seek(0)
+        file.write(str(min(max(0, ours) + _OOM_SCORE_MORE, _OOM_SCORE_MOST)))
+
+
 def _die_with(daemon: int) -> None:
     """Let the kernel end us when the daemon ends, however it does: its successor does our work again.
 
@@ -225,6 +271,7 @@ def main() -> None:
     if "--users-code" in sys.argv[4:]:
         importlib.import_module("ckptd.daemon.handover")
     _step_back(int(sys.argv[2]))
+    _go_first()
     _die_with(int(sys.argv[3]))
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 

@@ -4,25 +4,40 @@ Rule of change: fields are only added, with a default, and :data:`PROTOCOL_VERSI
 misread a message. :class:`Attach` keeps its first field for ever, so that any two versions can refuse each other.
 
 Three conversations:
-    attach socket   Attach, Resume, OpenArena, OpenCache -> Attached, ArenaOpened, CacheOpened, Refused   (Unix socket:
-                    credentials, descriptors; see :mod:`ckptd.protocol.retained`, too)
+    attach socket   Attach, Resume, OpenArena, OpenCache, Drain -> Attached, ArenaOpened, CacheOpened, Drained, Refused
+                    (Unix socket: credentials, descriptors; see :mod:`ckptd.protocol.retained`, too)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+    CacheBegun,
+    CacheClaim,
+    CacheDone,
+    CacheLeft,
+    CacheOpened,
+    CacheSkipped,
+    CacheWants,
+    OpenCache,
+)
 from ckptd.protocol.errors import BadMessage, ErrorReport
 from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
-from ckptd.protocol.wire import Count, Message, Name, NBytes, Rank, Seconds
+from ckptd.protocol.retention_messages import Keep, Retain, RetainDone, RetainTask, UserText
+from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
+from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
 
 PROTOCOL_VERSION: Final = 2
 
 _T = TypeVar("_T")
+
+DrainSeconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]  # no wait is without end
 
 # An attach frame holds a few names; anything longer is not one of ours.
 ATTACH_FRAME_LIMIT_BYTES: Final = 64 * 1024
@@ -81,17 +96,21 @@ class ArenaOpened(Message, frozen=True, tag="arena_opened"):
     slot_bytes: NBytes
 
 
-class OpenCache(Message, frozen=True, tag="open_cache"):
-    """Client to daemon: let this rank use the node's cache for a load of so many bytes."""
+class Drain(Message, frozen=True, tag="drain"):
+    """Whoever the daemon runs as, or root, to daemon, in place of Attach: take nothing new, finish what is sealed.
 
-    wanted_bytes: NBytes
+    The daemon stays so until it is started again.
+    """
+
+    protocol: int
+    timeout_s: DrainSeconds
 
 
-class CacheOpened(Message, frozen=True, tag="cache_opened"):
-    """Daemon to client: the descriptor of the cache's segment comes with this frame."""
+class Drained(Message, frozen=True, tag="drained"):
+    """Daemon to whoever asked: all is finished, or ``unfinished`` saves are not and time is up."""
 
-    frames: Count
-    frame_bytes: NBytes
+    unfinished: NBytes
+    pid: int
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -113,7 +132,7 @@ class Propose(Message, frozen=True, tag="propose"):
     With ``dry`` set nothing is saved: the plan is made ahead of the first save.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     plan: bytes
@@ -126,7 +145,7 @@ class Sealed(Message, frozen=True, tag="sealed"):
     The same bytes stand in the slot's control area, so that a seal outlives a trainer that dies before sending.
     """
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     digest: Name
     arena: int
@@ -140,53 +159,22 @@ class Sealed(Message, frozen=True, tag="sealed"):
     overwrite: bool = True
     code_bytes: NBytes = 0  # not 0: a hand-over, whose pickle of so many bytes ends the image's last item
     code_offset: NBytes = 0  # where it begins in the image
+    # Not 0: the image came in waves, of which the slot holds the last: these many bytes, from here on. Nobody has seen
+    # all of it but the client, which tells the hashes: of each item in layout order, and of the frame.
+    wave_bytes: NBytes = 0
+    wave_begin: NBytes = 0
+    hashes: bytes = b""
+    frame_hash: Hash = 0
+    user: UserText = ""  # of rank 0: what the user says of the checkpoint, in JSON; stored with it
+    keep: Keep | None = None  # of rank 0: what to keep of the folder once this save is committed
 
 
 class GaveUp(Message, frozen=True, tag="gave_up"):
     """A rank will not stage its part of this save."""
 
-    sequence: int
+    sequence: Sequence
     checkpoint_id: Name
     error: ErrorReport
-
-
-class CacheWants(Message, frozen=True, tag="cache_wants"):
-    """The rank will claim these ranges of a file, each within one frame's length (int64 column: begin, end, ...)."""
-
-    file: Name
-    ranges: bytes
-
-
-class CacheBegun(Message, frozen=True, tag="cache_begun"):
-    """All that the rank wants has been said."""
-
-
-class CacheSkipped(Message, frozen=True, tag="cache_skipped"):
-    """The rank has got a range in another way."""
-
-    file: Name
-    begin: NBytes
-    end: NBytes
-
-
-class CacheClaim(Message, frozen=True, tag="cache_claim"):
-    """The rank needs a range now. Answer: CacheAnswer."""
-
-    number: NBytes
-    file: Name
-    begin: NBytes
-    end: NBytes
-
-
-class CacheDone(Message, frozen=True, tag="cache_done"):
-    """The rank touches the frame that it was told of no more. ``good``: what it was to read is there."""
-
-    number: NBytes
-    good: bool = True
-
-
-class CacheLeft(Message, frozen=True, tag="cache_left"):
-    """The rank's load is over."""
 
 
 class Detach(Message, frozen=True, tag="detach"):
@@ -206,6 +194,7 @@ class Assigned(Message, frozen=True, tag="assigned"):
     sequence: int
     digest: Name
     assigned: bytes
+    job_bytes: NBytes = 0  # size of the images of all ranks
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -237,16 +226,6 @@ class Aborted(Message, frozen=True, tag="aborted"):
     sequence: int
     error: ErrorReport
     replan: bool = False
-
-
-class CacheAnswer(Message, frozen=True, tag="cache_answer"):
-    """What to do about a claim: copy from a frame, read a range into it (reply to both: CacheDone), or read alone."""
-
-    number: NBytes
-    verdict: Literal["copy", "read", "alone"]
-    frame: NBytes = 0
-    begin: NBytes = 0
-    end: NBytes = 0
 
 
 class Fenced(Message, frozen=True, tag="fenced"):
@@ -375,13 +354,23 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | Resume | OpenArena | OpenCache | OpenRetained | RetainedClosed
-AttachReply = Attached | ArenaOpened | CacheOpened | RetainedOpened | Refused
+AttachRequest = Attach | Resume | OpenArena | OpenCache | OpenRetained | RetainedClosed | Drain
+AttachReply = Attached | ArenaOpened | CacheOpened | RetainedOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
-ClientMessage = Heartbeat | Propose | Sealed | GaveUp | Detach | CacheMessage
+ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer
-Task = PlanTask | WriteTask | CommitTask | DiscardTask | HandOverTask
-TaskReply = PlanDone | WriteProgress | WriteDone | CommitDone | DiscardDone | HandOverDone | TaskFailed
+Task = PlanTask | WriteTask | WriteWaveTask | FinishWavesTask | CommitTask | DiscardTask | HandOverTask | RetainTask
+TaskReply = (
+    PlanDone
+    | WriteProgress
+    | WaveWritten
+    | WriteDone
+    | CommitDone
+    | DiscardDone
+    | HandOverDone
+    | RetainDone
+    | TaskFailed
+)
 
 
 class _AttachVersion(msgspec.Struct):

@@ -14,6 +14,7 @@ from ckptd.protocol.errors import BadConfig
 _ATTACH: Final = "/attach.sock"
 _MESSAGES: Final = "/messages.sock"
 _HTTP: Final = "/http"
+_HTTP_TOKEN: Final = "/http-token"
 
 # A socket's name must fit into sockaddr_un.sun_path: 108 bytes with the final NUL.
 # Source: unix(7), "Address format".
@@ -57,6 +58,11 @@ def message_endpoint(runtime: str) -> str:
 def http_address_file(runtime: str) -> str:
     """Return the path of the file into which the daemon writes the HOST:PORT of its HTTP endpoint."""
     return runtime + _HTTP
+
+
+def http_token_file(runtime: str) -> str:
+    """Return the path of the file into which the daemon writes its HTTP token, if it has one, for its own user."""
+    return runtime + _HTTP_TOKEN
 
 
 def _named_by(variable: str) -> str:

@@ -51,6 +51,16 @@ class RankSealed:
 
 
 @dataclass(frozen=True)
+class RankStages:
+    """A rank stages its image in waves, under the plan with ``digest``: a first part of it is there."""
+
+    rank: int
+    checkpoint_id: str
+    digest: str
+    image_bytes: int
+
+
+@dataclass(frozen=True)
 class RankHandedOver:
     """A rank has staged all that it holds, with the planner and the writer that shall save it."""
 
@@ -95,7 +105,7 @@ class Broke:
     rank: int | None = None
 
 
-Event = Proposed | RankSealed | RankHandedOver | RankFell | Planned | ImageWritten | Published | Broke
+Event = Proposed | RankStages | RankSealed | RankHandedOver | RankFell | Planned | ImageWritten | Published | Broke
 
 
 # --- actions -----------------------------------------------------------------------------------------------------
@@ -191,6 +201,8 @@ class SaveRules:
         match event:
             case Proposed():
                 return self._agree(event.rank, event.checkpoint_id) or self._on_proposed(event)
+            case RankStages():
+                return self._agree(event.rank, event.checkpoint_id) or self._on_stages(event)
             case RankSealed():
                 return self._agree(event.rank, event.checkpoint_id) or self._on_sealed(event)
             case RankHandedOver():
@@ -227,9 +239,23 @@ class SaveRules:
         self._proposed[event.rank] = event.digest
         return self._plan_when_complete()
 
+    def _on_stages(self, event: RankStages) -> list[Action]:
+        return [] if event.rank in self.sealed else self._refuse_unplanned(event)
+
     def _on_sealed(self, event: RankSealed) -> list[Action]:
         if event.rank in self.sealed:
             return []  # the same seal, heard twice: by message and by the slot's control area
+        refused = self._refuse_unplanned(event)
+        if refused:
+            return refused
+        self.sealed.add(event.rank)
+        self._proposed.pop(event.rank, None)
+        if len(self.sealed) == self.world_size:
+            self.state = State.WRITING
+        return [Write(event.rank), *self._plan_when_complete()]
+
+    def _refuse_unplanned(self, event: RankStages | RankSealed) -> list[Action]:
+        """Abandon the save if what a rank stages is not what is planned."""
         if self.handed_over:
             return self._disagree(event.rank)
         outdated = event.rank in self._proposed and not self._planned  # it waits for a plan: this is not that plan
@@ -239,11 +265,7 @@ class SaveRules:
         if event.image_bytes != self.known_bytes[event.rank]:
             planned = self.known_bytes[event.rank]
             return self._abandon(WriteIncomplete(event.rank, planned, event.image_bytes))
-        self.sealed.add(event.rank)
-        self._proposed.pop(event.rank, None)
-        if len(self.sealed) == self.world_size:
-            self.state = State.WRITING
-        return [Write(event.rank), *self._plan_when_complete()]
+        return []
 
     def _on_handed_over(self, event: RankHandedOver) -> list[Action]:
         if event.rank in self.sealed:

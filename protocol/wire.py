@@ -1,4 +1,4 @@
-"""What every message is made of: the base class and the bounded types of fields."""
+"""What all messages are made of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Annotated
 import msgspec
 
 NBytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Hash = Annotated[int, msgspec.Meta(ge=0)]  # a hash: all 64 bits
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
+Sequence = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # numbers the saves of a session
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 

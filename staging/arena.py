@@ -33,8 +33,11 @@ _MAGIC: Final = b"ckptd\x00\x00\x01"
 _HEADER: Final = struct.Struct("<8sIIQ")
 _STATE: Final = struct.Struct("<IIQ")  # state, length of the seal, sequence
 _STATES_OFFSET: Final = 64
-_SEAL_LENGTH_LIMIT: Final = 1 << 30
+# The daemon reads as much as a trainer's slot claims to hold: 64 MiB are a seal over 8,000,000 objects.
+_SEAL_LENGTH_LIMIT: Final = 1 << 26
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14, asm-generic/mman-common.h; Python 3.11 has no name for it
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -112,6 +115,16 @@ def create_arena(path: str, *, slots: int, slot_bytes: int, owner: tuple[int, in
     return descriptor
 
 
+def discard_pages(descriptor: int) -> None:
+    """Give back the pages of an arena that nobody uses any more, though a worker may still have it mapped.
+
+    A mapping keeps a removed file's pages, and the next arena may need that room. Where the system cannot do it, they
+    go with the last mapping.
+    """
+    mode = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
+    _libc.fallocate(descriptor, mode, ctypes.c_long(0), ctypes.c_long(os.fstat(descriptor).st_size))
+
+
 def read_slot(descriptor: int, slot: int) -> tuple[SlotState, int, int]:
     """Return state, length of the seal and sequence of a slot, read by descriptor: no mapping, so no SIGBUS."""
     data = os.pread(descriptor, _STATE.size, _STATES_OFFSET + slot * _STATE.size)
@@ -120,6 +133,15 @@ def read_slot(descriptor: int, slot: int) -> tuple[SlotState, int, int]:
     state, length, sequence = _STATE.unpack(data)
     known = state in SlotState._value2member_map_
     return (SlotState(state) if known else SlotState.FREE), length, sequence
+
+
+def count_slots(descriptor: int) -> int:
+    """Return how many slots an arena file has, read by descriptor; 0 for a file that is no arena."""
+    data = os.pread(descriptor, _HEADER.size, 0)
+    if len(data) < _HEADER.size:
+        return 0
+    magic, _, slots, _ = _HEADER.unpack(data)
+    return int(slots) if magic == _MAGIC and slots <= MAX_SLOTS else 0
 
 
 def read_seal(descriptor: int, slot: int, slot_bytes: int) -> bytes | None:
@@ -261,6 +283,13 @@ class ArenaView:
             os.close(self._descriptor)
             let_go(self._hold)
             self._descriptor = -1
+
+    def remove_file(self) -> None:
+        """Remove the arena's file, whose daemon is gone for good; where we may not, the next daemon does."""
+        path = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(self._descriptor)):
+                os.unlink(path)
 
     def state(self, slot: int) -> SlotState:
         """Return a slot's state, as the daemon may have set it."""

@@ -17,11 +17,12 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ckptd import __version__
-from ckptd.checkpoint.commit import commit, discard, prepare_directory
+from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.formats.output import check_free, new_file
 from ckptd.checkpoint.formats.source import Box, Entry, Source
 from ckptd.checkpoint.items import LOWEST_RANK, LocalPlan
 from ckptd.checkpoint.layout import Layout, item_record
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.names import hidden_directory, image_name
 from ckptd.checkpoint.plan import JobPlan, make_plan
 from ckptd.checkpoint.planfile import RankRows, StoredPlan
@@ -75,7 +76,7 @@ def write_checkpoint(source: Source, path: str, *, overwrite: bool, done: Callab
         ]
         commit(_stored(job, source), _task(path, directory, save_id, images, source, overwrite=overwrite))
     except BaseException:
-        discard(directory)
+        discard_save(directory)
         raise
 
 

@@ -13,14 +13,14 @@ from typing import Final
 import numpy as np
 
 from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
+from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, unfinished_save
 from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.pins import is_pinned
 from ckptd.checkpoint.system import named
+from ckptd.checkpoint.user_data import UserData, decode_user_data
 from ckptd.protocol.errors import CkptdError, MissingFile, TruncatedFile
 from ckptd.staging.dtypes import OBJECT
 
-# The hidden directory of a save; see ckptd.checkpoint.names.hidden_directory.
-_UNFINISHED: Final = re.compile(r"\.(.+)\.ckptd-([0-9a-f-]+)")
 _IMAGE: Final = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -46,6 +46,8 @@ class Summary:
         world_size: Number of ranks that saved it; 0 where that is not known.
         state: Whether all its files are there.
         fault: What is wrong with a damaged one, or None.
+        user: What its user said of it, or None.
+        pinned: Whether retention leaves it alone.
     """
 
     path: str
@@ -57,6 +59,8 @@ class Summary:
     world_size: int
     state: State
     fault: CkptdError | None = None
+    user: UserData | None = None
+    pinned: bool = False
 
 
 def is_checkpoint(path: str) -> bool:
@@ -84,7 +88,7 @@ def find_checkpoints(folder: str) -> Iterator[str]:
             yield at
             continue
         below = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or _UNFINISHED.fullmatch(e.name)]
+        waiting += [e.path for e in reversed(below) if not e.name.startswith(".") or unfinished_save(e.name)]
 
 
 def summarise(path: str, index: Index | None = None) -> Summary:
@@ -95,7 +99,7 @@ def summarise(path: str, index: Index | None = None) -> Summary:
         index: Its index, if it was read already.
     """
     saved = max((_stat(os.path.join(path, name))[1] for name in (INDEX_NAME, METADATA_NAME)), default=0.0)
-    if _UNFINISHED.fullmatch(os.path.basename(os.path.abspath(path))) or not is_checkpoint(path):
+    if unfinished_save(os.path.basename(os.path.abspath(path))) or not is_checkpoint(path):
         return _unread(path, saved, State.UNFINISHED)
     try:
         index = read_index(path) if index is None else index
@@ -115,6 +119,8 @@ def summarise(path: str, index: Index | None = None) -> Summary:
         world_size_of(index),
         State.DAMAGED if fault else State.COMPLETE,
         fault,
+        decode_user_data(index.header),
+        is_pinned(path),
     )
 
 

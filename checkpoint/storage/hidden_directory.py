@@ -11,13 +11,14 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
-from ckptd.checkpoint.commit import clear_away, discard, prepare_directory, publish
-from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, hidden_directory
+from ckptd.checkpoint.commit import clear_away, discard, has_checkpoint, prepare_directory, publish
+from ckptd.checkpoint.names import INDEX_NAME, hidden_directory
 from ckptd.checkpoint.storage.posix_sink import PosixSink
-from ckptd.checkpoint.system import named, rename_exchange, sync_directory, write_file
-from ckptd.protocol.errors import CheckpointExists, MissingFile, SystemCallFailed, TruncatedFile
+from ckptd.checkpoint.system import named, sync_directory, write_file
+from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +71,7 @@ class HiddenDirectory:
             write_file(os.path.join(self.directory, INDEX_NAME), sidecar)
         write_file(os.path.join(self.directory, name), data)
         sync_directory(self.directory)
-        if not overwrite and has_checkpoint(self.path):
-            raise CheckpointExists(self.path)
-        # A directory that is there but holds no checkpoint may be replaced: what is in it is kept.
-        publish(self.directory, self.path, overwrite=True)
-        if not overwrite and has_checkpoint(self.directory):
-            # Somebody published between the check and the exchange: they were first.
-            rename_exchange(self.directory, self.path)
-            raise CheckpointExists(self.path)
+        publish(self.directory, self.path, overwrite=overwrite)
         try:
             clear_away(self.directory, self.path)
         except SystemCallFailed as error:  # the save is done: this costs room, not the checkpoint
@@ -85,6 +79,9 @@ class HiddenDirectory:
 
     def discard(self) -> None:
         """Remove the hidden directory, though other ranks may still be making files in it."""
+        if has_checkpoint(self.directory):
+            # Its name may have been given and taken back; after a power failure the id must not stand for its rest.
+            sync_directory(os.path.dirname(self.directory))
         while True:
             try:
                 discard(self.directory)
@@ -95,11 +92,6 @@ class HiddenDirectory:
             return
 
 
-def has_checkpoint(path: str) -> bool:
-    """Return whether a directory holds a checkpoint."""
-    return os.path.lexists(os.path.join(path, METADATA_NAME))
-
-
 def begin(directory: str) -> int:
     """Make the hidden directory of a save and lock it.
 
@@ -107,7 +99,12 @@ def begin(directory: str) -> int:
         The descriptor that holds the lock. Closing it, or the end of this process, gives it up.
     """
     prepare_directory(directory)
-    descriptor = named("open", directory, lambda: os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    try:
+        descriptor = named("open", directory, lambda: os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except SystemCallFailed:
+        with suppress(OSError):  # another rank writes into it already, and will remove it
+            os.rmdir(directory)
+        raise
     _lock(descriptor)
     return descriptor
 

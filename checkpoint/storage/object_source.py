@@ -47,8 +47,9 @@ class _Object:
         del bounce
         return memoryview(self._get(begin, end))
 
-    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview) -> None:
+    def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Get equally long ranges one by one."""
+        del blocks
         for row, begin in enumerate(begins.tolist()):
             target[row * row_bytes : (row + 1) * row_bytes] = self._get(begin, begin + row_bytes)
 

@@ -1,16 +1,21 @@
-"""The ``ckptd`` command: start the daemon, ask for its status, and look into checkpoints without it.
+"""The ``ckptd`` command: run and look after the daemon, and look into checkpoints without it.
 
-Exit status: 0 done, 1 failed, not good or different, 2 wrong usage. What goes wrong is one line on stderr. A module for
-each command; what a command needs is imported when it runs.
+Exit status: 0 done, 1 failed, not good or different, 2 wrong usage, 130 interrupted. What goes wrong is one line on
+stderr, never a traceback; CKPTD_TRACEBACK=1 shows where a bug is. A module for each command; what it needs is imported
+when it runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Final
 
 from ckptd.daemon.cli.output import complain
-from ckptd.protocol.errors import CkptdError
+from ckptd.protocol.errors import CkptdError, UnexpectedError
+
+# As shells report an end by SIGINT, and typer does. Source: POSIX, Shell Command Language, 2.8.2.
+_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -21,11 +26,20 @@ def main() -> None:
         sys.exit(status)
     except CkptdError as error:
         complain(error)
-        sys.exit(1)
     except BrokenPipeError:  # `ckptd ls | head`
         # Python flushes at its end once more. Source: docs.python.org, library/signal, "Note on SIGPIPE".
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("ckptd: interrupted\n")
+        sys.exit(_INTERRUPTED)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        complain(UnexpectedError(f"{error.strerror or error}{where}; check the path and its owner"))
+    except Exception as bug:  # whoever runs a command is told in one line, too
+        if os.environ.get("CKPTD_TRACEBACK"):
+            raise
+        complain(UnexpectedError(f"bug: {type(bug).__name__}: {bug}; CKPTD_TRACEBACK=1 shows where"))
+    sys.exit(1)
 
 
 def _run(arguments: list[str]) -> int | None:

@@ -60,12 +60,16 @@ def _whole(source: Source) -> dict[str, Any]:
 
 def _of_checkpoint(source: Any) -> dict[str, Any]:
     from ckptd.checkpoint.formats.summary import summarise
+    from ckptd.checkpoint.user_data import USER_DATA
+    from ckptd.daemon.cli.listing import user_facts
 
     summary = summarise(source.path, source.index)
+    header = {name: value for name, value in source.index.header.items() if name != USER_DATA}
     sizes = {file: os.path.join(source.path, file) for file in source.index.files}
     return {
         **{"origin": summary.origin, "state": str(summary.state), "world_size": summary.world_size},
-        **{"saved_unix_s": summary.saved_unix_s, "hashes": source.index.has_hashes, "header": source.index.header},
+        **{"saved_unix_s": summary.saved_unix_s, "hashes": source.index.has_hashes, "header": header},
+        **{"pinned": summary.pinned, "user": user_facts(summary.user)},
         "files": {file: os.stat(at).st_size if os.path.exists(at) else None for file, at in sizes.items()},
     }
 
@@ -110,10 +114,10 @@ def _shown(data: bytes) -> str | None:
 
 def _print(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        if name in {"chunks", "header", "statistics", "files", "bytes_by_dtype"} and not isinstance(value, int):
+        if name in {"chunks", "header", "user", "statistics", "files", "bytes_by_dtype"} and not isinstance(value, int):
             continue
         say(printable(f"{name.replace('_', ' ')}: {_text(value)}"))
-    for name in ("header", "files", "bytes_by_dtype", "statistics"):
+    for name in ("user", "header", "files", "bytes_by_dtype", "statistics"):
         if facts.get(name):
             say(f"\n{name.replace('_', ' ')}:")
             for inner, value in facts[name].items():

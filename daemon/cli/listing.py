@@ -6,6 +6,7 @@ all the rest of a listing takes as much.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ckptd.checkpoint.columns import Index
     from ckptd.checkpoint.formats.source import Source
     from ckptd.checkpoint.formats.summary import Summary
+    from ckptd.checkpoint.user_data import UserData
 
 # Name, dtype, shape, bytes and number of chunks of an entry.
 Row = tuple[str, str, tuple[int, ...], int, int]
@@ -110,19 +112,41 @@ def _facts(summary: Summary, rows: list[Row] | None) -> dict[str, Any]:
         **{"path": summary.path, "origin": summary.origin, "state": str(summary.state), "bytes": summary.bytes},
         **{"tensors": summary.tensors, "objects": summary.objects, "world_size": summary.world_size},
         "saved_unix_s": summary.saved_unix_s,
+        "pinned": summary.pinned,
+        "user": user_facts(summary.user),
     }
     if rows is not None:
         facts["entries"] = [dict(zip(("name", "dtype", "shape", "bytes", "chunks"), row, strict=True)) for row in rows]
     return facts
 
 
+def user_facts(user: UserData | None) -> dict[str, Any] | None:
+    """Return what the user said of a checkpoint, as `--json` tells it."""
+    if user is None:
+        return None
+    # JSON has no word for what diverged.
+    metrics = {name: value if math.isfinite(value) else str(value) for name, value in user.metrics.items()}
+    return {"step": user.step, "metrics": metrics, "metadata": user.metadata}
+
+
+def _metrics(user: UserData | None) -> str:
+    return "-" if user is None else " ".join(f"{name}={value:g}" for name, value in user.metrics.items()) or "-"
+
+
+def _state(summary: Summary) -> str:
+    return f"{summary.state}, pinned" if summary.pinned else str(summary.state)
+
+
 def _print(listed: list[Listed]) -> None:
     alone = [summary for summary, rows in listed if rows is None]
     if alone:
-        cells = [
-            (s.path, s.bytes, s.tensors, s.world_size or "-", _when(s), s.origin or "-", str(s.state)) for s in alone
+        heads: tuple[str, ...] = ("CHECKPOINT", "BYTES", "TENSORS", "RANKS", "SAVED", "BY", "STATE")
+        cells: list[tuple[object, ...]] = [
+            (s.path, s.bytes, s.tensors, s.world_size or "-", _when(s), s.origin or "-", _state(s)) for s in alone
         ]
-        heads = ("CHECKPOINT", "BYTES", "TENSORS", "RANKS", "SAVED", "BY", "STATE")
+        if any(s.user is not None and s.user.metrics for s in alone):
+            heads = (*heads, "METRICS")
+            cells = [(*row, _metrics(s.user)) for row, s in zip(cells, alone, strict=True)]
         print_columns(heads, cells, right=("BYTES", "TENSORS", "RANKS"))
     for summary, rows in listed:
         if rows is not None:

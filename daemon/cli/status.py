@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,13 +12,15 @@ import typer
 from ckptd.daemon.cli.output import printable
 from ckptd.daemon.config import parse_address
 from ckptd.protocol.errors import BadMessage, DaemonUnavailable
-from ckptd.protocol.paths import http_address_file, runtime_dir
+from ckptd.protocol.paths import http_address_file, http_token_file, runtime_dir
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # Seconds. The daemon answers from memory within milliseconds; longer means that it hangs.
 _STATUS_TIMEOUT_S: Final = 5.0
+_UNAUTHORIZED: Final = 401
+_SYSTEM_RUNTIME: Final = "/run/ckptd"
 _REMEDY: Final = "start one with `ckptd serve`"
 
 
@@ -76,7 +79,7 @@ class Status(msgspec.Struct, frozen=True):
 
 def status(*, as_json: Annotated[bool, typer.Option("--json", help="Print what the daemon answers.")] = False) -> None:
     """Show the jobs of the running daemon, their ranks and their saves."""
-    body = fetch_status(runtime_dir())
+    body = fetch_status(daemons_runtime_dir())
     if as_json:
         typer.echo(body)
         return
@@ -85,6 +88,14 @@ def status(*, as_json: Annotated[bool, typer.Option("--json", help="Print what t
     except msgspec.DecodeError as error:
         raise BadMessage(f"status: {error}") from None
     _print_status(answer)
+
+
+def daemons_runtime_dir() -> str:
+    """Return the runtime directory of the daemon that clients of this user would find: their own, else the system's."""
+    own = runtime_dir()
+    if os.environ.get("CKPTD_RUNTIME_DIR") or os.path.lexists(http_address_file(own)):
+        return own
+    return _SYSTEM_RUNTIME if os.path.lexists(http_address_file(_SYSTEM_RUNTIME)) else own
 
 
 def fetch_status(runtime: str) -> bytes:
@@ -105,16 +116,27 @@ def fetch_status(runtime: str) -> bytes:
     parse_address(address)
     # No proxy: a variable meant for the internet must not catch a request to this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(f"http://{address}/status", headers=_credentials(runtime))
     try:
-        with opener.open(f"http://{address}/status", timeout=_STATUS_TIMEOUT_S) as answer:
+        with opener.open(request, timeout=_STATUS_TIMEOUT_S) as answer:
             body: bytes = answer.read()
     except urllib.error.HTTPError as error:
         error.close()
-        raise DaemonUnavailable(runtime, f"{address} answered {error.code}; {_REMEDY}") from None
+        remedy = "only its own user may read its token" if error.code == _UNAUTHORIZED else _REMEDY
+        raise DaemonUnavailable(runtime, f"{address} answered {error.code}; {remedy}") from None
     except (OSError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         raise DaemonUnavailable(runtime, f"{address}: {cause or type(cause).__name__}; {_REMEDY}") from None
     return body
+
+
+def _credentials(runtime: str) -> dict[str, str]:
+    """Return the header that shows the daemon's token; none where it has none, or none that we may read."""
+    try:
+        token = Path(http_token_file(runtime)).read_text("ascii").strip()
+    except OSError:
+        return {}
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _print_status(answer: Status) -> None:

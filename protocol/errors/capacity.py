@@ -16,12 +16,22 @@ class ShmTooSmall(CapacityError):
     path: str
     wanted_bytes: int
     free_bytes: int
+    rule: str = ""  # which limit it was; "" is the room on the tmpfs at ``path``
+    reserve_bytes: int = 0  # kept back from that limit, so not in ``free_bytes``
+    making_bytes: int = 0  # promised to arenas that are being made, so not in ``free_bytes``
+    figures: str = ""  # all limits
 
     def __str__(self) -> str:
-        return (
-            f"staging needs {self.wanted_bytes} bytes of shared memory, {self.path} has {self.free_bytes} free; "
-            "enlarge it, or use fewer or smaller slots (connect(slots=..., slot_bytes=...))"
+        where = f"{self.rule} leaves" if self.rule else f"{self.path} has"
+        text = (
+            f"staging needs {self.wanted_bytes} bytes of shared memory, {where} {self.free_bytes} free; "
+            "enlarge it, use fewer or smaller slots (connect(slots=..., slot_bytes=...)), "
+            'or stage through a few small ones (connect(staging="waves"))'
         )
+        if not self.figures:
+            return text
+        kept = f"{self.reserve_bytes} bytes kept in reserve, {self.making_bytes} for arenas being made"
+        return f"{text} [{self.figures}; {kept}]"
 
 
 @dataclass(eq=False)
@@ -34,7 +44,7 @@ class SlotTooSmall(CapacityError):
 
     def __str__(self) -> str:
         sizes = f"this rank's part needs {self.wanted_bytes} bytes, a slot has {self.slot_bytes}"
-        return f"{sizes}; raise connect(slot_bytes=...) or leave it out"
+        return f'{sizes}; raise connect(slot_bytes=...), leave it out, or connect(staging="waves")'
 
 
 @dataclass(eq=False)
@@ -70,6 +80,10 @@ class DiskFull(CapacityError):
     path: str
     wanted_bytes: int
     free_bytes: int
+    promised_bytes: int = 0  # to saves that are under way, so not in ``free_bytes``
+    rule: str = ""  # whose quota it is; "" is the volume itself
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.wanted_bytes} bytes wanted, {self.free_bytes} free; free space and save again"
+        where = f"{self.path} ({self.rule})" if self.rule else self.path
+        others = f" beside {self.promised_bytes} for saves under way" if self.promised_bytes else ""
+        return f"{where}: {self.wanted_bytes} bytes wanted, {self.free_bytes} free{others}; free space and save again"

@@ -150,6 +150,31 @@ class BadIndex(StorageError):
 
 
 @dataclass(eq=False)
+class SavesFailing(StorageError):
+    """More saves failed in a row than are put up with."""
+
+    code: ClassVar[str] = "saves_failing"
+    count: int
+    last: str
+
+    def __str__(self) -> str:
+        return f"{self.count} saves in a row have failed, the last one: {self.last}"
+
+
+@dataclass(eq=False)
+class NoGoodCheckpoint(StorageError):
+    """There are checkpoints, but none of them is whole."""
+
+    code: ClassVar[str] = "no_good_checkpoint"
+    path: str
+    count: int
+    faults: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: none of {self.count} checkpoints is good ({self.faults}); see `ckptd scrub {self.path}`"
+
+
+@dataclass(eq=False)
 class BadFile(StorageError):
     """A file of another format (torch.save, safetensors) that cannot be read or trusted."""
 

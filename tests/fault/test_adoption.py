@@ -226,29 +226,33 @@ def test_an_embedded_daemon_is_started_again_by_whoever_needs_it(runtime, traine
     assert trainer.get("session.daemon_pid") != first
 
 
-def test_work_of_a_dead_daemon_is_finished_by_another_with_the_same_state_folder(start_daemon, trainers, tmp_path):
-    daemon = start_daemon()
+def test_another_daemon_with_the_same_state_folder_finishes_what_a_dead_one_left(
+    mounts, start_daemon, trainers, tmp_path
+):
+    shm = {"shm_dir": str(mounts.tmpfs(mib=64, name="shm"))}  # others' orphans are none of ours
+    daemon = start_daemon(**shm)
     trainer = trainers.start()
     trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
     kill_while_sealed(daemon, trainer, tmp_path / "b")
     trainer.kill()
     elsewhere = f"{daemon.runtime.path}/elsewhere"
-    other = start_daemon(environment={"CKPTD_RUNTIME_DIR": elsewhere}, orphan_timeout_s=0.001, at=elsewhere)
+    other = start_daemon(environment={"CKPTD_RUNTIME_DIR": elsewhere}, orphan_timeout_s=0.001, at=elsewhere, **shm)
     other.wait_for_save(tmp_path / "b", committed)
     assert_holds(tmp_path / "b", value=2.0)
     wait_until(lambda: not daemon.runtime.arenas.exists(), "the end of the dead daemon's shared memory")
 
 
-def test_another_daemon_leaves_a_dead_one_s_living_trainers_alone(start_daemon, trainers, tmp_path):
-    daemon = start_daemon()
+def test_another_daemon_leaves_a_dead_one_s_living_trainers_alone(mounts, start_daemon, trainers, tmp_path):
+    shm = {"shm_dir": str(mounts.tmpfs(mib=64, name="shm"))}  # others' orphans are none of ours
+    daemon = start_daemon(**shm)
     trainer = trainers.start()
     trainer.do("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
     kill_while_sealed(daemon, trainer, tmp_path / "b")
     elsewhere = f"{daemon.runtime.path}/elsewhere"
-    other = start_daemon(environment={"CKPTD_RUNTIME_DIR": elsewhere}, orphan_timeout_s=0.001, at=elsewhere)
+    other = start_daemon(environment={"CKPTD_RUNTIME_DIR": elsewhere}, orphan_timeout_s=0.001, at=elsewhere, **shm)
     assert other.generations() == []
     assert daemon.runtime.arenas.exists()
-    start_daemon()
+    start_daemon(**shm)
     assert trainer.get("outcome(future)") == "committed"
     daemon.runtime.daemon_was_killed = False
 

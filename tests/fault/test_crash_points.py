@@ -103,9 +103,7 @@ def test_a_trainer_killed_at_any_point(scene, point, structure):
     scene.start()
     trainer = scene.trainers.start()
     trainer.do("dcp.connect()\n" + SAVE.format(value=1.0), path=str(scene.path))
-    trainer.do(
-        "import ckptd.protocol.crash_points as points\nos.environ.update(armed)\npoints.arm()", armed=scene.arm(point)
-    )
+    trainer.do("os.environ.update(armed)\ncrash_points.arm()", armed=scene.arm(point))
     what = "state(value=2.0)" if structure == "same" else CHANGED.format(value=2.0)
     trainer.start(f"dcp.async_save({what}, checkpoint_id=path).result(30)", path=str(scene.path))
     with pytest.raises(TrainerDied):
@@ -128,12 +126,11 @@ def test_a_daemon_or_worker_killed_at_any_point(scene, point, before):
         trainer = scene.trainers.start()
     scene.daemon.stop()
     scene.start(**scene.arm(point))
-    trainer.start(
-        "future = dcp.async_save(state(value=2.0), checkpoint_id=path)\nfuture.result(50)", path=str(scene.path)
-    )
+    trainer.start("future = dcp.async_save(state(value=2.0), checkpoint_id=path)", path=str(scene.path))
     wait_until(lambda: scene.struck, f"the death at {point}")
     if point.startswith("daemon."):
         scene.start_again()
+    trainer.finish()
     assert trainer.get("outcome(future, 50)") == "committed"
     assert value_of(scene.path) == 2.0
     # The session, its plan and its arena are as good as before.

@@ -110,7 +110,7 @@ def test_a_daemon_that_hangs_for_a_while_goes_on_with_its_sessions(start_daemon,
     trainer.do("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
     with stopped(daemon.pid):
         trainer.do("future = dcp.async_save(state(value=2.0), checkpoint_id=path)", path=str(tmp_path / "b"))
-        wait_until(lambda: trainer.get("session._link._resuming"), "the trainer's notice")
+        wait_until(lambda: trainer.get("session._link.resuming"), "the trainer's notice")
     assert trainer.get("outcome(future)") == "committed"
     assert_holds(tmp_path / "b", value=2.0)
 

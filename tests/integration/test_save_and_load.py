@@ -1,5 +1,6 @@
 """Whatever a trainer holds comes back equal: through us, through stock, and across the two."""
 
+import pytest
 import torch
 import torch.distributed.checkpoint as stock
 from support.clients import stock_load, stock_metadata, stock_save
@@ -158,15 +159,27 @@ def test_an_overwrite_keeps_foreign_files_and_old_ranks_files_go(daemon, client,
     assert torch.equal(found["w"], torch.zeros(9))
 
 
-def test_overwrite_false_leaves_the_old_checkpoint(daemon, client, tmp_path):
+@pytest.mark.parametrize("kind", ["stock's writer", "our writer", "our writer, handed over"])
+@pytest.mark.parametrize("there", ["checkpoint", "folder", "nothing"])
+def test_overwrite_false_leaves_the_old_checkpoint(daemon, client, tmp_path, kind, there):
     target = tmp_path / "a"
-    client.save({"w": torch.ones(9)}, checkpoint_id=target)
-    writer = stock.FileSystemWriter(target, overwrite=False)
-    future = client.async_save({"w": torch.zeros(9)}, storage_writer=writer)
-    assert "File exists" in str(future.exception(30))
+    if there == "checkpoint":
+        client.save({"w": torch.ones(9)}, checkpoint_id=target)
+    elif there == "folder":
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    options = {"single_file_per_rank": False} if "handed over" in kind else {}
+    writer = (stock if "stock" in kind else client).FileSystemWriter(target, overwrite=False, **options)
     found = {"w": torch.zeros(9)}
+    if there == "checkpoint":
+        future = client.async_save({"w": torch.zeros(9)}, storage_writer=writer)
+        assert f"already exists at {target} and overwrite=False" in str(future.exception(30))
+    else:
+        client.async_save({"w": torch.ones(9)}, storage_writer=writer).result(30)
+        assert there == "nothing" or (target / "notes.txt").read_text() == "mine"
     client.load(found, checkpoint_id=target)
     assert torch.equal(found["w"], torch.ones(9))
+    client.save({"w": torch.zeros(9)}, checkpoint_id=target)  # which may
 
 
 def test_ids_are_any_text_that_names_a_directory(daemon, client, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 from support.clients import assert_holds
+from support.managed import names, write_managed
 from support.memory import ABSENT, LOAD, SERVED, VALUES, values
 from support.mounts import need_root
 from support.trainers import Nursery, Trainers
 from support.users import NOBODY, open_interpreter
+from support.waiting import wait_until
 
 
 @pytest.fixture
@@ -94,3 +96,19 @@ def test_a_save_in_memory_is_its_own_users_alone(runtime, users_folder, start_da
     assert (daemon.metric(ABSENT), daemon.metric(SERVED)) == (1, 1)
     users.close()
     nursery.close()
+
+
+def test_retention_runs_as_the_user_who_asks_for_it(system_daemon, user, users_folder):
+    for folder in ("theirs", "roots"):
+        for step in (1, 2):
+            write_managed(users_folder / folder, step)
+    for path in (users_folder / "theirs").rglob("*"):
+        os.chown(path, NOBODY, NOBODY)
+    user.do(
+        "for root in roots: dcp.CheckpointManager(root, dcp.ManagerOptions(keep_last=1)).retain()",
+        roots=[str(users_folder / "roots"), str(users_folder / "theirs")],
+    )
+    wait_until(lambda: names(users_folder / "theirs") == ["step-2"], "the user's own removal")
+    log = wait_until(lambda: "Permission denied" in system_daemon.log() and system_daemon.log(), "a refusal")
+    assert f"removed nothing from {users_folder / 'roots'}" in log
+    assert names(users_folder / "roots") == ["step-1", "step-2"]

@@ -18,6 +18,8 @@ import pytest
 from support.processes import is_daemon, processes_of, wait_gone
 from support.waiting import PATIENCE_S, wait_readable, wait_until
 
+from ckptd.client import sessions
+
 # Faster than the defaults, slower than a busy machine's hiccups; workers at nice 19 would starve beside other tests.
 SETTINGS = {
     **{"heartbeat_s": 0.2, "session_timeout_s": 10.0, "progress_timeout_s": 20.0},
@@ -231,6 +233,7 @@ def _daemons(runtime):
     try:
         yield start
     finally:
+        sessions.close_all()  # this process's own would wait for a successor
         for daemon in started:
             daemon.stop()
         for pid in processes_of(runtime.path):

@@ -9,6 +9,7 @@ import os, sys
 
 if "ckptd.daemon.worker" in sys.orig_argv:
     import ckptd.checkpoint.commit as commit
+    import ckptd.checkpoint.removal as removal
     import ckptd.checkpoint.write as write
 
     def die():
@@ -36,7 +37,9 @@ if "ckptd.daemon.worker" in sys.orig_argv:
         "before_publish": (commit, "publish", True),
         "after_exchange": (commit, "rename_exchange", False),
         "after_publish": (commit, "publish", False),
+        "before_removal": (removal, "_remove_files", True),
         "before_write": (write, "write_image", True),
+        "before_sync": (commit, "sync_directory", True),
     }}["{moment}"]
     around(module, name, before=before)
 """
@@ -47,7 +50,8 @@ def sabotage(directory, moment, *, times):
 
     Args:
         directory: Where the module and the marks of the dead are kept.
-        moment: before_write, before_publish, after_exchange (of an overwriting save) or after_publish.
+        moment: before_write, before_sync, before_publish, after_exchange (of an overwriting save), after_publish or
+            before_removal (of the files of a checkpoint whose name is gone).
         times: After so many deaths all is well.
     """
     place = Path(directory, f"sabotage-{moment}")

@@ -157,15 +157,15 @@ class Nursery:
 class Trainers:
     """Starts the trainers of one test and sees to their end."""
 
-    def __init__(self, nursery, runtime):
-        self._nursery, self._runtime = nursery, runtime
+    def __init__(self, nursery, runtime, *, log_prefix="trainer"):
+        self._nursery, self._runtime, self._log_prefix = nursery, runtime, log_prefix
         self._started = []
 
     def start(self, *, uid=0, without=(), **environment):
         """Start one trainer; without further word it may not start a daemon of its own."""
         number = len(self._started)
         variables = {**self._runtime.environment, "CKPTD_EMBEDDED": "0", **environment}
-        log = Path(self._runtime.path, f"trainer-{number}.log")
+        log = Path(self._runtime.path, f"{self._log_prefix}-{number}.log")
         trainer = self._nursery.trainer(environment=variables, log=log, uid=uid, without=without)
         self._started.append(trainer)
         return trainer

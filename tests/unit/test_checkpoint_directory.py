@@ -11,7 +11,7 @@ from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.read_files import Disk
 from ckptd.checkpoint.system import rename_exchange
-from ckptd.protocol.errors import MissingFile, SystemCallFailed, UnknownCheckpoint
+from ckptd.protocol.errors import BadIndex, MissingFile, SystemCallFailed, TruncatedFile, UnknownCheckpoint
 
 
 @pytest.fixture
@@ -52,6 +52,16 @@ def test_the_disk_and_the_index_are_read_through_it(path, tmp_path):
         shutil.rmtree(tmp_path / "elsewhere")
         with pytest.raises(MissingFile):
             Disk(directory.open).open(f"{path}/file", [(0, 3)])
+
+
+def test_a_pipe_in_a_files_place_keeps_nobody_waiting(path):
+    for name in ("pipe", ".ckptd"):
+        os.mkfifo(os.path.join(path, name))
+    with CheckpointDirectory(path) as directory:
+        with pytest.raises(TruncatedFile):
+            Disk(directory.open).open(f"{path}/pipe", [(0, 10)])
+        with pytest.raises(BadIndex, match="not a file"):
+            read_index(path, opener=directory.open)
 
 
 @pytest.mark.parametrize(

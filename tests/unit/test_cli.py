@@ -11,6 +11,7 @@ import pytest
 
 from ckptd import __version__
 from ckptd.daemon import cli
+from ckptd.daemon.cli import status as status_command
 from ckptd.protocol.errors import CkptdError, UnknownCheckpoint, WrongBits
 
 GENERATION = {
@@ -34,6 +35,7 @@ class Report:
     bytes: int = 4096
     hashes_checked: int = 2
     faults: list[CkptdError] = field(default_factory=list)
+    crcs_checked: int = 0
 
 
 @pytest.fixture
@@ -195,6 +197,23 @@ def test_a_spoilt_address_file_is_one_line(run, runtime):
     assert "not HOST:PORT" in err
 
 
+def test_a_user_without_a_daemon_of_his_own_sees_the_systems(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("CKPTD_RUNTIME_DIR", raising=False)
+    own, systems = tmp_path / "own", tmp_path / "systems"
+    own.mkdir()
+    systems.mkdir()
+    monkeypatch.setattr(status_command, "runtime_dir", lambda: str(own))
+    monkeypatch.setattr(status_command, "_SYSTEM_RUNTIME", str(systems))
+    assert f"no ckptd daemon at {own}" in run("status")[2]
+    with daemon(systems, json.dumps(STATUS).encode()):
+        assert run("status", "--json")[0] == 0
+        (own / "http").write_text("127.0.0.1:9\n")
+        assert f"no ckptd daemon at {own}" in run("status")[2], "one's own comes first"
+        monkeypatch.setenv("CKPTD_RUNTIME_DIR", str(tmp_path / "named"))
+        monkeypatch.setattr(status_command, "runtime_dir", lambda: str(tmp_path / "named"))
+        assert f"no ckptd daemon at {tmp_path}/named" in run("status")[2], "one that was named is the only one"
+
+
 def test_serve_becomes_the_daemon(run, monkeypatch):
     class Replaced(SystemExit):
         pass
@@ -262,6 +281,7 @@ def test_faults_as_json_carry_their_facts(run, verifier):
     assert (code, err) == (1, "")
     assert json.loads(out) == {
         **{"good": False, "path": "/c", "items": 2, "bytes": 4096, "hashes_checked": 2},
+        "crcs_checked": 0,
         "faults": [
             {"code": "wrong_bits", "message": str(fault), "path": "/c/a", "item": "w", "offset": 64},
         ],

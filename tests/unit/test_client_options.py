@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.staging import (
 from ckptd import client
 from ckptd.client import sessions
 from ckptd.client.options import SaveRequest, SessionOptions
+from ckptd.client.waves import WAVE_SLOT_BYTES
 from ckptd.protocol.errors import Unsupported
 
 STATE = {"w": torch.ones(2)}
@@ -39,6 +40,7 @@ def nobody(monkeypatch):
 
     monkeypatch.setattr(sessions, "Session", open_session)
     monkeypatch.setattr(sessions, "_sessions", {})
+    monkeypatch.setattr(sessions, "_policies", {})
 
 
 def refused(call, *arguments, **options) -> str:
@@ -72,6 +74,12 @@ def test_a_session_cannot_be_opened_with(options):
 def test_options_at_their_bounds_are_taken():
     SessionOptions(slots=1, slot_bytes=4096, connect_timeout_s=0.001, busy_timeout_s=86_400)
     SessionOptions(slots=128, on_busy="skip", staging="background")
+
+
+def test_waves_have_slots_of_a_fixed_size_from_the_start():
+    assert SessionOptions(staging="waves").slot_bytes == WAVE_SLOT_BYTES
+    assert SessionOptions(staging="waves", slot_bytes=8192).slot_bytes == 8192
+    assert SessionOptions().slot_bytes is None
 
 
 class TestConnect:
@@ -143,6 +151,9 @@ class Taken:
 
     def result(self):
         return "metadata"
+
+    def add_done_callback(self, _):
+        """It never ends."""
 
 
 @pytest.fixture

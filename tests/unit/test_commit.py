@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
+from safetensors.numpy import save_file
 from support.images import aligned
 from support.plans import Held, local_plan, make_image, rows
 
 from ckptd.checkpoint import commit as commit_module
 from ckptd.checkpoint import foreign as foreign_module
-from ckptd.checkpoint.commit import commit, discard, discard_save, prepare_directory, publish
+from ckptd.checkpoint.commit import commit, discard, prepare_directory, publish
+from ckptd.checkpoint.leftovers import discard_save
 from ckptd.checkpoint.names import hidden_directory
 from ckptd.checkpoint.open import read_index
 from ckptd.checkpoint.plan import make_plan
 from ckptd.checkpoint.planfile import StoredPlan, load_plan, store_plan
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.checkpoint.write import Pace, Payloads, write_image
-from ckptd.protocol.errors import SystemCallFailed
+from ckptd.protocol.errors import CheckpointExists, SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 
 PLANS = [
@@ -191,6 +193,70 @@ class TestAnExistingCheckpoint:
         assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
         assert (Path(checkpoint_id) / "logs" / "events").read_text() == "mine too"
 
+    def test_a_save_has_not_failed_because_the_old_one_cannot_be_removed(
+        self, plan, checkpoint_id, monkeypatch, caplog
+    ):
+        def fail(*_):
+            raise SystemCallFailed("unlink", "old", errno.EIO)
+
+        save(plan, checkpoint_id, seed=1)
+        monkeypatch.setattr(commit_module, "discard", fail)
+        assert save(plan, checkpoint_id, seed=2) > 0
+        assert standing(checkpoint_id) == "save2"
+        assert "unlink old" in caplog.text
+
+    def test_a_file_that_its_user_removes_at_the_last_moment_does_no_harm(self, plan, checkpoint_id, monkeypatch):
+        save(plan, checkpoint_id, seed=1)
+        for name in ("gone.txt", "notes.txt"):
+            (Path(checkpoint_id) / name).write_text("mine")
+        real = os.link
+
+        def late(source, target, **options):
+            Path(source).with_name("gone.txt").unlink(missing_ok=True)
+            real(source, target, **options)
+
+        monkeypatch.setattr(os, "link", late)
+        save(plan, checkpoint_id, seed=2)
+        assert sorted(set(os.listdir(checkpoint_id)) & {"gone.txt", "notes.txt"}) == ["notes.txt"]
+
+    def test_copies_and_late_files_are_durable_before_the_originals_go(self, plan, checkpoint_id, monkeypatch):
+        def refuse(*_, **__):
+            raise OSError(errno.EMLINK, "no links")
+
+        save(plan, checkpoint_id, seed=1)
+        (Path(checkpoint_id) / "notes.txt").write_text("mine")
+        exchange, synced, fsync = commit_module.rename_exchange, [], os.fsync
+
+        def late(one, other):
+            (Path(other) / "late.txt").write_text("late")
+            return exchange(one, other)
+
+        def watch(descriptor):
+            synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(commit_module, "rename_exchange", late)
+        monkeypatch.setattr(os, "fsync", watch)
+        task = write_images(plan, checkpoint_id, seed=2)
+        commit(plan, task)
+        assert os.path.join(task.directory, "notes.txt") in synced
+        assert synced[-1] == checkpoint_id  # of the late file, behind the parent's
+        assert synced[-2] == os.path.dirname(checkpoint_id)
+
+    def test_a_pipe_in_place_of_its_index_keeps_nobody_waiting(self, plan, checkpoint_id):
+        os.mkdir(checkpoint_id)
+        os.mkfifo(os.path.join(checkpoint_id, ".ckptd"))
+        save(plan, checkpoint_id, seed=2)
+        assert standing(checkpoint_id) == "save2"
+
+    @pytest.mark.parametrize("header", ["[" * 100_000, "[]", "{", "7"])
+    def test_an_index_with_a_strange_header_is_none_of_ours(self, plan, checkpoint_id, header):
+        os.mkdir(checkpoint_id)
+        save_file({"x": np.zeros(1)}, os.path.join(checkpoint_id, ".ckptd"), metadata={"header": header})
+        save(plan, checkpoint_id, seed=2)
+        assert standing(checkpoint_id) == "save2"
+
     def test_an_empty_folder_becomes_the_checkpoint(self, plan, checkpoint_id, renames):
         os.mkdir(checkpoint_id)
         save(plan, checkpoint_id, seed=1)
@@ -198,10 +264,31 @@ class TestAnExistingCheckpoint:
 
     def test_it_is_kept_where_overwriting_is_forbidden(self, plan, checkpoint_id, renames):
         save(plan, checkpoint_id, seed=1)
-        with pytest.raises(SystemCallFailed) as caught:
-            save(plan, checkpoint_id, seed=2, overwrite=False)
-        assert (caught.value.errno, caught.value.path) == (errno.EEXIST, checkpoint_id)
+        task = write_images(plan, checkpoint_id, seed=2, overwrite=False)
+        with pytest.raises(CheckpointExists, match=checkpoint_id):
+            commit(plan, task)
         assert standing(checkpoint_id) == "save1"
+        discard_save(task.directory)
+        assert siblings(checkpoint_id) == ["step-7"]
+
+    def test_one_that_appears_at_the_last_moment_is_kept_too(self, plan, checkpoint_id, renames, monkeypatch):
+        save(plan, checkpoint_id, seed=1)
+        task = write_images(plan, checkpoint_id, seed=2, overwrite=False)
+        answers, real = iter([False]), commit_module.has_checkpoint  # as it was a moment ago
+        monkeypatch.setattr(commit_module, "has_checkpoint", lambda path: next(answers, real(path)))
+        with pytest.raises(CheckpointExists):
+            commit(plan, task)
+        assert standing(checkpoint_id) == "save1"
+        discard_save(task.directory)
+        assert siblings(checkpoint_id) == ["step-7"]
+
+    def test_a_folder_without_a_checkpoint_needs_no_leave_to_overwrite(self, plan, checkpoint_id, renames):
+        """As in stock: what must not be overwritten is a checkpoint."""
+        os.mkdir(checkpoint_id)
+        (Path(checkpoint_id) / "notes.txt").write_text("mine")
+        save(plan, checkpoint_id, seed=1, overwrite=False)
+        assert standing(checkpoint_id) == "save1"
+        assert (Path(checkpoint_id) / "notes.txt").read_text() == "mine"
 
     def test_a_first_save_needs_no_leave_to_overwrite(self, plan, checkpoint_id, renames):
         save(plan, checkpoint_id, seed=1, overwrite=False)
@@ -291,6 +378,19 @@ class TestAFailure:
         assert siblings(checkpoint_id) == ["step-7"]
 
     @pytest.mark.parametrize("existing", [False, True])
+    @pytest.mark.parametrize("damage", ["gone", "short"])
+    def test_an_image_that_somebody_has_removed_is_never_published(self, plan, checkpoint_id, existing, damage):
+        if existing:
+            save(plan, checkpoint_id, seed=1)
+        task = write_images(plan, checkpoint_id, seed=2)
+        image = os.path.join(task.directory, "__1_0.distcp")
+        os.unlink(image) if damage == "gone" else os.truncate(image, 4096)
+        with pytest.raises(SystemCallFailed if damage == "gone" else TruncatedFile, match=r"__1_0\.distcp"):
+            commit(plan, task)
+        assert not existing or standing(checkpoint_id) == "save1"
+        assert existing == os.path.lexists(checkpoint_id)
+
+    @pytest.mark.parametrize("existing", [False, True])
     @pytest.mark.parametrize("at", [1, 2])
     def test_of_a_plain_rename_leaves_the_old_checkpoint_under_its_name(
         self, plan, checkpoint_id, monkeypatch, existing, at
@@ -348,8 +448,12 @@ class TestAFailure:
         task = write_images(plan, checkpoint_id, seed=2)
         commit_module.discard(task.directory)
         os.rename(checkpoint_id, task.directory)  # as an exchange leaves it if its worker is killed
+        os.mkdir(checkpoint_id)
         discard_save(task.directory)
         assert standing(task.directory) == "save1"
+        os.rmdir(checkpoint_id)
+        discard_save(task.directory)
+        assert standing(checkpoint_id) == "save1"
 
     def test_what_was_replaced_in_a_foreign_folder_between_link_and_exchange_wins(
         self, plan, checkpoint_id, monkeypatch
@@ -390,6 +494,29 @@ class TestDiscard:
         discard(str(tmp_path / "hidden"))
         assert (tmp_path / "mine" / "file").read_text() == "x"
 
+    def test_it_takes_metadata_and_index_first(self, tmp_path, monkeypatch):
+        (tmp_path / "hidden").mkdir()
+        for name in ("__0_0.distcp", ".metadata", ".ckptd"):
+            (tmp_path / "hidden" / name).touch()
+        monkeypatch.setattr(commit_module.shutil, "rmtree", _die)
+        with pytest.raises(KeyboardInterrupt):
+            discard(str(tmp_path / "hidden"))
+        assert os.listdir(tmp_path / "hidden") == ["__0_0.distcp"]
+
+    def test_one_failure_is_not_the_end_of_it(self, tmp_path, monkeypatch):
+        (tmp_path / "hidden").mkdir()
+        (tmp_path / "hidden" / "file").touch()
+        real, failures = commit_module.shutil.rmtree, [OSError(errno.EIO, "no"), None]
+
+        def fail_once(path):
+            if failure := failures.pop(0):
+                raise failure
+            real(path)
+
+        monkeypatch.setattr(commit_module.shutil, "rmtree", fail_once)
+        discard(str(tmp_path / "hidden"))
+        assert list(tmp_path.iterdir()) == failures == []
+
     def test_a_failure_names_the_path(self, tmp_path, monkeypatch):
         (tmp_path / "hidden").mkdir()
         (tmp_path / "hidden" / "file").write_text("x")
@@ -410,13 +537,46 @@ def test_a_directory_is_made_with_all_above_it_and_more_than_once(tmp_path):
     assert os.path.isdir(directory)
 
 
-def test_the_names_of_new_folders_above_it_are_made_durable(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(commit_module, "sync_directory", synced.append)
+@pytest.fixture
+def synced(monkeypatch) -> list[str]:
+    """The directories that are synced from now on, by a process that has not synced any."""
+    found, real = [], commit_module.sync_directory
+    monkeypatch.setattr(commit_module, "_durable", set())
+    monkeypatch.setattr(commit_module, "sync_directory", lambda path: (found.append(path), real(path)))
+    return found
+
+
+def test_the_names_of_new_folders_above_it_are_made_durable(tmp_path, synced):
     prepare_directory(str(tmp_path / "a" / "b" / ".hidden"))
-    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a")]
+    assert {str(tmp_path), str(tmp_path / "a")} <= set(synced)
+    synced.clear()
     prepare_directory(str(tmp_path / "a" / "b" / ".other"))
-    assert len(synced) == 2
+    prepare_directory(str(tmp_path / "a" / "c" / "d" / ".other"))
+    assert {str(tmp_path / "a"), str(tmp_path / "a" / "c")} <= set(synced)
+
+
+def test_folders_whose_maker_died_before_it_had_synced_are_made_durable_once(tmp_path, synced):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in (".hidden", ".other"):
+        prepare_directory(str(tmp_path / "a" / "b" / name))
+    assert synced.count(str(tmp_path)) == synced.count(str(tmp_path / "a")) == 1
+    assert synced.count(str(tmp_path / "a" / "b")) == 0  # the name of the hidden directory is the commit's to sync
+
+
+@pytest.mark.parametrize(("number", "harmless"), [(errno.EACCES, True), (errno.EIO, False)])
+def test_a_folder_above_that_cannot_be_synced(tmp_path, monkeypatch, number, harmless):
+    def fail(path):
+        raise SystemCallFailed("fsync", path, number)
+
+    monkeypatch.setattr(commit_module, "_durable", set())
+    monkeypatch.setattr(commit_module, "sync_directory", fail)
+    if harmless:
+        prepare_directory(str(tmp_path / ".hidden"))
+        assert (tmp_path / ".hidden").is_dir()
+        return
+    for _ in range(2):  # it is not taken for durable after a failure
+        with pytest.raises(SystemCallFailed, match="fsync"):
+            prepare_directory(str(tmp_path / ".hidden"))
 
 
 def test_a_directory_that_cannot_be_made_is_told(tmp_path):

@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from ckptd.daemon.config import Config, load_config, parse_address
+from ckptd.daemon.config import Config, default_config_path, load_config, parse_address
 from ckptd.protocol.errors import BY_CODE, BadConfig, from_report
 
 
@@ -25,7 +27,7 @@ def test_no_file_named_means_defaults(monkeypatch, value):
 
 def test_defaults_are_within_their_own_bounds(write):
     values = {name: getattr(Config(), name) for name in Config.__struct_fields__}
-    write("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    write("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
     assert load_config() == Config()
 
 
@@ -55,10 +57,16 @@ def test_what_the_file_sets_is_taken(write):
         ("stop_timeout_s = nan", "stop_timeout_s"),
         ("idle_exit_s = -1.0", "idle_exit_s"),
         ('shm_dir = "shm"', "shm_dir"),
+        ("memory_reserve_bytes = -1", "memory_reserve_bytes"),
+        ("memory_reserve_fraction = 1.0", "memory_reserve_fraction"),
+        ("memory_reserve_fraction = nan", "memory_reserve_fraction"),
         ("work_attempts = 0", "work_attempts"),
         ('http = "nowhere"', "http"),
         ("http = 9437", "http"),
         ("workers = 2", "workers"),
+        ('http_token_file = "token"', "http_token_file"),
+        ("http_connections = 15", "http_connections"),
+        ('http_hosts = "node7"', "http_hosts"),
         ("[http]\nport = 1", "http"),
     ],
 )
@@ -93,6 +101,38 @@ def test_a_missing_file_is_not_the_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("CKPTD_CONFIG", str(tmp_path / "gone.toml"))
     with pytest.raises(BadConfig, match=r"gone\.toml: No such file or directory; correct or unset CKPTD_CONFIG"):
         load_config()
+
+
+def test_each_mode_has_a_file_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    assert default_config_path("system") == "/etc/ckptd/ckptd.toml"
+    for mode in ("user", "embedded"):
+        assert default_config_path(mode) == str(tmp_path / ".config/ckptd/ckptd.toml")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")  # invalid, so ignored: XDG Base Directory Specification
+    assert default_config_path("user") == str(tmp_path / ".config/ckptd/ckptd.toml")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert default_config_path("user") == str(tmp_path / "xdg/ckptd/ckptd.toml")
+    assert default_config_path("system") == "/etc/ckptd/ckptd.toml"
+
+
+def test_the_default_file_is_read_where_none_is_named(write, tmp_path, monkeypatch):
+    default = tmp_path / "default.toml"
+    monkeypatch.delenv("CKPTD_CONFIG", raising=False)
+    assert load_config(str(default)) == Config()
+    default.write_text("write_threads = 3")
+    assert load_config(str(default)).write_threads == 3
+    write("write_threads = 5")
+    assert load_config(str(default)).write_threads == 5
+
+
+def test_a_default_file_that_cannot_be_read_is_not_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.delenv("CKPTD_CONFIG", raising=False)
+    with pytest.raises(BadConfig, match="Is a directory; correct or remove it"):
+        load_config(str(tmp_path))
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadConfig, match="dangling: No such file or directory; correct or remove it"):
+        load_config(str(tmp_path / "dangling"))
 
 
 @pytest.mark.parametrize(

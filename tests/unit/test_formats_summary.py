@@ -62,12 +62,12 @@ def test_of_ours(folder):
 
 
 def test_what_is_not_published_is_unfinished(folder):
-    hidden = folder / "run" / ".step-11.ckptd-0123abc"
+    hidden = folder / "run" / ".step-11.ckptd-train_py-1-2-0123abcd"
     (folder / "run" / "step-9").rename(hidden)
     (folder / "run" / "step-10" / ".metadata").unlink()
     states = {os.path.relpath(path, folder): summarise(path).state for path in find_checkpoints(str(folder / "run"))}
     assert states == {
-        "run/.step-11.ckptd-0123abc": State.UNFINISHED,
+        "run/.step-11.ckptd-train_py-1-2-0123abcd": State.UNFINISHED,
         "run/step-10": State.UNFINISHED,
     }
     assert summarise(str(hidden)).bytes > 0

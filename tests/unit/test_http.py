@@ -1,14 +1,19 @@
 import asyncio
+import contextlib
 import json
+import re
 import socket
+from importlib.resources import files
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, CookieJar
 
-from ckptd.daemon.http import _listen, is_our_host, render_page, start_http
+from ckptd.daemon.gate import Access, is_our_host
+from ckptd.daemon.http import _listen, start_http
 from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
+TOKEN = "correct-horse-battery"
 EVIL = '<script>alert("1")</script>'
 
 
@@ -42,17 +47,17 @@ class FakeView:
         return self.reason
 
 
-def exchange(*requests, view=None):
+def exchange(*requests, view=None, token=None):
     """Start a server, send (method, path, headers) in turn, and return (status, headers, body) of each."""
 
     async def run():
         metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
-        server = await start_http("127.0.0.1:0", view or FakeView(), metrics)
+        server = await start_http("127.0.0.1:0", view or FakeView(), metrics, access=Access(token))
         answers = []
         try:
             async with asyncio.timeout(5), ClientSession(f"http://{server.address}") as client:
                 for method, path, headers in requests:
-                    async with client.request(method, path, headers=headers) as answer:
+                    async with client.request(method, path, headers=headers, allow_redirects=False) as answer:
                         answers.append((answer.status, answer.headers, await answer.text()))
         finally:
             await server.close()
@@ -91,23 +96,38 @@ def test_head_is_answered_and_nothing_else_than_reading_is():
     assert answers[0][2] == ""
 
 
-def test_the_page_escapes_what_others_named():
-    status, headers, body = get("/")
-    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
-    assert body.count("&lt;script&gt;") == 4
-    assert "<script" not in body
-    assert 'name="color-scheme" content="light dark"' in body
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript"), ("/icon.svg", "image/svg+xml")],
+)
+def test_the_pages_files_come_whole_and_under_a_strict_policy(path, content_type):
+    status, headers, body = get(path)
+    assert (status, headers["Content-Type"]) == (200, f"{content_type}; charset=utf-8")
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    wanted = files("ckptd.daemon").joinpath("web", path.strip("/") or "page.html").read_text()
+    begin, _, end = wanted.partition(">null</script>")
+    assert body.startswith(begin)
+    assert body.endswith(end)
 
 
-def test_the_page_of_an_idle_daemon_says_so():
-    assert "No jobs." in render_page({"pid": 1, "version": "0", "mode": "user", "jobs": []})
+def test_the_page_comes_with_the_state_and_no_name_ends_the_data():
+    _, _, body = get("/")
+    data = re.search(r'<script id="first" type="application/json">(.*?)</script>', body)[1]
+    assert json.loads(data) == FakeView().answer
+    assert EVIL not in body
+    assert body.count("<script") == 2
 
 
-def test_a_save_under_way_has_no_seconds_yet():
-    view = FakeView()
-    view.answer["jobs"][0]["generations"][0].update(seconds=None, error=None)
-    assert "<td></td><td></td></tr>" in render_page(view.answer)
+@pytest.mark.parametrize("name", ["page.html", "page.css", "page.js", "icon.svg"])
+def test_the_page_loads_nothing_from_elsewhere_and_makes_no_markup_from_text(name):
+    text = files("ckptd.daemon").joinpath("web", name).read_text()
+    assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.-]+\.\w+", text)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=\"", text)
+    assert "@import" not in text
 
 
 @pytest.mark.parametrize("path", ["/", "/status", "/metrics", "/healthz", "/nothing"])
@@ -132,6 +152,152 @@ def test_a_request_without_a_host_is_refused():
         return line
 
     assert b" 421 " in asyncio.run(run())
+
+
+def test_a_token_is_asked_for_everywhere_but_at_the_health_checks():
+    paths = ["/", "/page.js", "/status", "/metrics", "/events", "/nothing"]
+    answers = exchange(*(("GET", path, None) for path in [*paths, "/healthz", "/readyz"]), token=TOKEN)
+    assert [status for status, _, _ in answers] == [401] * len(paths) + [200, 200]
+    for _, headers, body in answers[: len(paths)]:
+        assert headers["WWW-Authenticate"] == "Bearer"
+        assert "Content-Security-Policy" in headers
+        assert FakeView().answer["mode"] not in body
+
+
+def test_the_token_opens_and_a_wrong_one_does_not():
+    right, wrong = {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": f"Bearer {TOKEN}."}
+    answers = exchange(("GET", "/status", right), ("GET", "/status", wrong), ("POST", "/status", right), token=TOKEN)
+    assert [status for status, _, _ in answers] == [200, 401, 405]
+
+
+def test_entering_with_the_token_leaves_a_cookie_and_no_token_in_the_address():
+    [(status, headers, _)] = exchange(("GET", f"/?token={TOKEN}", None), token=TOKEN)
+    assert (status, headers["Location"]) == (303, "/")
+    _, *attributes = headers["Set-Cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=Lax", "Path=/"} <= set(attributes)
+    assert TOKEN not in headers["Set-Cookie"]
+
+    async def enter():
+        metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
+        server = await start_http("127.0.0.1:0", FakeView(), metrics, access=Access(TOKEN))
+        try:
+            jar = CookieJar(unsafe=True)  # takes cookies of IP addresses, as browsers do
+            async with asyncio.timeout(5), ClientSession(f"http://{server.address}", cookie_jar=jar) as client:
+                async with client.get("/status", params={"token": TOKEN}) as answer:
+                    assert (answer.status, str(answer.url.relative())) == (200, "/status")
+                async with client.get("/metrics") as answer:
+                    return answer.status
+        finally:
+            await server.close()
+
+    assert asyncio.run(enter()) == 200
+
+
+@pytest.mark.parametrize("path", ["//evil.example", "/nothing", "/%2F%2Fevil.example"])
+def test_entering_leads_nowhere_else(path):
+    head = f"GET {path}?token={TOKEN} HTTP/1.1\r\nHost: HOST\r\nConnection: close\r\n\r\n"
+    answer = raw(head.encode(), token=TOKEN)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"Location" not in answer
+
+
+def raw(*chunks, token=None):
+    """Send bytes as they are and return what comes back until the end."""
+
+    async def run():
+        metrics = Metrics(lambda: Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0))
+        server = await start_http("127.0.0.1:0", FakeView(), metrics, access=Access(token))
+        host, port = server.address.split(":")
+        received = b""
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            with contextlib.suppress(ConnectionError):
+                for chunk in chunks:
+                    writer.write(chunk.replace(b"HOST", server.address.encode()))
+                    await writer.drain()
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(1 << 16):
+                    received += data
+            writer.close()
+            async with ClientSession(f"http://{server.address}") as client, client.get("/healthz") as answer:
+                assert answer.status == 200
+        await server.close()
+        return received
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            b"/../../../../etc/passwd",
+            b"/..%2f..%2fetc%2fpasswd",
+            b"/%2e%2e/%2e%2e/etc/passwd",
+            b"/page.css/../../http.py",
+        ),
+        *(b"/web/page.html", b"//etc/passwd", b"/page.html", b"/.\\..\\etc\\passwd", b"/page.js%00.html", b"/\xff\xfe"),
+    ],
+)
+def test_no_path_leads_out_of_the_pages(path):
+    answer = raw(b"GET " + path + b" HTTP/1.1\r\nHost: HOST\r\nConnection: close\r\n\r\n")
+    assert answer.split(b" ")[1] in {b"404", b"400"}
+    assert b"root:" not in answer
+    assert b"HttpServer" not in answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [b"X-Long: " + b"x" * 100_000 + b"\r\n\r\n"],
+        [b"X-%d: x\r\n" % number for number in range(5000)],
+        [b"x" * 65_536] * 64,
+    ],
+    ids=["long", "many", "endless"],
+)
+def test_huge_headers_are_refused(head):
+    answer = raw(b"GET /status HTTP/1.1\r\nHost: HOST\r\n", *head)
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
+    assert b"<script>" not in answer
+
+
+def test_a_huge_path_is_refused():
+    assert b" 400 " in raw(b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: HOST\r\n\r\n").split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01\x00", b"\x00" * 4096, b"GET\r\n\r\n", b"SSH-2.0-x\r\n"])
+def test_what_is_no_http_is_answered_shortly_and_does_no_harm(sent):
+    assert raw(sent + b"\r\n\r\n").startswith(b"HTTP/1.")
+
+
+def test_a_body_that_nobody_asked_for_is_not_kept():
+    head = b"GET /status HTTP/1.1\r\nHost: HOST\r\nContent-Length: 100000000\r\n\r\n"
+    answer = raw(head, *[b"x" * 65_536] * 64)
+    assert answer.startswith(b"HTTP/1.1 200 OK") or answer == b""
+
+
+def test_a_token_of_any_bytes_is_just_wrong():
+    head = b"GET /status HTTP/1.1\r\nHost: HOST\r\nConnection: close\r\nAuthorization: Bearer "
+    assert raw(head + b"\xff\xfe\xfd\r\n\r\n", token=TOKEN).startswith(b"HTTP/1.1 40")
+
+
+def test_a_scrape_that_accepts_openmetrics_gets_it():
+    accept = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+    odd = {"Accept": "application/openmetrics-text;version=one"}
+    answers = exchange(("GET", "/metrics", accept), ("GET", "/metrics", odd), ("GET", "/metrics", {"Accept": "*/*"}))
+    kinds = [headers["Content-Type"].split(";")[0] for _, headers, _ in answers]
+    assert kinds == ["application/openmetrics-text", "application/openmetrics-text", "text/plain"]
+    assert answers[0][2].endswith("# EOF\n")
+
+
+def test_what_others_could_reach_is_not_served_without_a_token():
+    async def run(token):
+        server = await start_http("0.0.0.0:0", FakeView(), Metrics(lambda: None), access=Access(token))
+        await server.close()
+
+    asyncio.run(run(TOKEN))
+    with pytest.raises(BadConfig, match="without a token"):
+        asyncio.run(run(None))
 
 
 @pytest.mark.parametrize(

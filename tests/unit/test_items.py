@@ -61,6 +61,7 @@ MALFORMED = {
     "negative dimensions": changed(DIMENSIONS, -1),
     "dimensions that do not fit": changed(DIMENSIONS, 3),
     "a dtype too many": changed(DTYPE, b"\0" * 4),
+    "an unknown dtype": changed(DTYPE, b"\0\0\xfe"),
     "ndim beyond the columns": changed(NDIM, b"\3\0\0"),
     "a flag too few": changed(GRAD, b"\0"),
     "half a number": changed(SHAPE, b"\0" * 47),

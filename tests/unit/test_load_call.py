@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 
 import pytest
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckptd.checkpoint.storage.filesystem import FileSystemReader as OurReader
-from ckptd.client import loader
+from ckptd.client import load_sources, loader
 from ckptd.client.loader import load, load_state_dict
 from ckptd.protocol.errors import Mismatch, MissingKeys, UnknownCheckpoint, Unsupported, WrongBits
 
@@ -160,3 +161,15 @@ def test_the_deprecated_name_warns_and_loads(checkpoint):
     with pytest.warns(FutureWarning, match="Please use `load` instead"):
         assert load_state_dict(state, FileSystemReader(checkpoint)) is None
     assert state["epoch"] == 7
+
+
+def test_the_collector_rests_while_a_load_is_planned_and_readers_work(checkpoint, monkeypatch):
+    resting = []
+    for where, name in ((load_sources.LoadPlan, "__init__"), (load_sources, "read_all")):
+        real = getattr(where, name)
+        monkeypatch.setattr(
+            where, name, lambda *a, _real=real, **k: (resting.append(not gc.isenabled()), _real(*a, **k))[1]
+        )
+    load({}, checkpoint_id=checkpoint)
+    assert resting == [True, True]
+    assert gc.isenabled()

@@ -9,6 +9,7 @@ import pytest
 
 from ckptd.checkpoint.read import ReadCount
 from ckptd.checkpoint.read_files import Disk
+from ckptd.checkpoint.reading import lock_for_removal
 from ckptd.client import load_sources
 from ckptd.client.load_plan import LoadPlan
 from ckptd.client.load_sources import ONLY_DISK, Sources, bring, of_one_save
@@ -125,6 +126,16 @@ def test_the_first_attempt_gets_all_sources_and_the_others_the_disk(path):
     attempts = Attempts(path, write_into, write_into)
     assert of_one_save(str(path), sources, attempts) == "brought"
     assert attempts.sources == [sources, ONLY_DISK, ONLY_DISK]
+
+
+def test_what_is_loaded_again_is_held_while_it_is_read(path):
+    def replace_by_one_with_an_index(path):
+        replace(path)
+        (path / ".ckptd").touch()
+        raise MissingFile("f")
+
+    held = Attempts(path, replace_by_one_with_an_index, lambda path: lock_for_removal(str(path)))
+    assert of_one_save(str(path), ONLY_DISK, held) is None
 
 
 def test_what_was_read_of_the_old_one_stands_when_a_new_one_takes_its_name(path):

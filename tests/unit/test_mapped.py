@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import platform
 
 import numpy as np
 import pytest
 
 from ckptd.checkpoint import mapped
 from ckptd.checkpoint.mapped import MappedFile
+from ckptd.checkpoint.pagecache import PageCacheProbe
+from ckptd.checkpoint.read_blocks import LARGE_BLOCK_BYTES
 
 DATA = np.random.default_rng(0).bytes(3 * 4096 + 77)
 
@@ -65,3 +69,42 @@ def test_a_file_that_was_cut_meanwhile_is_not_the_end_of_the_process(file, tmp_p
         rows_of(file, [0], 4)
     os.truncate(tmp_path / "f", 4096)
     assert not file.copy_rows(np.array([2 * 4096], np.int64), 4, memoryview(bytearray(4)))
+
+
+class TestLargeBlocks:
+    def test_a_look_brings_the_block_and_nothing_behind_it(self, tmp_path):
+        descriptor = os.open(tmp_path / "large", os.O_RDWR | os.O_CREAT)
+        os.write(descriptor, bytes(3 * LARGE_BLOCK_BYTES))
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        probe, file = PageCacheProbe(descriptor, 3 * LARGE_BLOCK_BYTES), MappedFile(descriptor, 3 * LARGE_BLOCK_BYTES)
+        assert file.brings_large_blocks()
+        rows_of(file, [LARGE_BLOCK_BYTES + 12345], 10)
+        cached = [probe.is_all_or_nothing(block * LARGE_BLOCK_BYTES, LARGE_BLOCK_BYTES) for block in range(3)]
+        file.close()
+        os.close(descriptor)
+        assert cached == [False, True, False]
+
+    @pytest.mark.parametrize("release", ["5.17.9", "4.19.0-rc1", "5.4", "none"])
+    def test_a_kernel_that_is_too_old_does_not(self, file, monkeypatch, release):
+        monkeypatch.setattr(platform, "release", lambda: release)
+        assert not file.brings_large_blocks()
+        rows_of(file, [7], 10)
+
+    @pytest.mark.parametrize("release", ["5.18.0", "6.1.0-generic", "10.0"])
+    def test_one_that_is_not_too_old_does(self, file, monkeypatch, release):
+        monkeypatch.setattr(platform, "release", lambda: release)
+        assert file.brings_large_blocks()
+
+    def test_pages_of_another_size_do_not(self, file, monkeypatch):
+        monkeypatch.setattr(mmap, "PAGESIZE", 65536)
+        assert not file.brings_large_blocks()
+
+    def test_a_kernel_that_was_built_without_them_does_not(self, file, monkeypatch):
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)  # unknown advice, as there
+        assert not file.brings_large_blocks()
+        rows_of(file, [7], 10)
+
+    def test_a_file_that_cannot_be_mapped_does_not(self, file, tmp_path):
+        os.truncate(tmp_path / "f", 0)
+        assert not file.brings_large_blocks()

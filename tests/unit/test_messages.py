@@ -7,7 +7,13 @@ import pytest
 from support.messages import DECODERS, SAMPLES
 
 from ckptd.protocol.errors import BadMessage
-from ckptd.protocol.messages import PROTOCOL_VERSION, Heartbeat, decode_attach_version, encode
+from ckptd.protocol.messages import (
+    PROTOCOL_VERSION,
+    Heartbeat,
+    decode_attach_version,
+    decode_client_message,
+    encode,
+)
 from ckptd.protocol.wire import Message
 
 msgpack = msgspec.msgpack.encode
@@ -130,3 +136,11 @@ def test_the_protocol_version_is_read_from_an_attach_of_any_version(version):
 def test_frames_are_decoded_where_they_lie():
     for decode, sample in CASES:
         assert decode(memoryview(bytearray(encode(sample)))) == sample
+
+
+@pytest.mark.parametrize("sequence", [-1, 1 << 63])
+@pytest.mark.parametrize("name", ["Propose", "Sealed", "GaveUp"])
+def test_a_save_without_a_usable_number_is_refused(name, sequence):
+    [sample] = [each for each in SAMPLES[decode_client_message] if type(each).__name__ == name][:1]
+    with pytest.raises(BadMessage, match="sequence"):
+        decode_client_message(msgpack({**fields_of(sample), "sequence": sequence}))

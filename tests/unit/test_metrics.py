@@ -1,21 +1,14 @@
 from typing import get_args
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptd import __version__
-from ckptd.daemon.metrics import (
-    CONTENT_TYPE,
-    Kind,
-    Live,
-    Memory,
-    Metrics,
-    Outcome,
-    Phase,
-    Reason,
-    SlotState,
-    failure_kind,
-)
+from ckptd.daemon.labels import Kind, Memory, Outcome, Phase, Reason, Refusal, Role, SlotState, Volume, failure_kind
+from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
+from ckptd.daemon.usage import Usage
+from ckptd.daemon.volumes import Room
 from ckptd.protocol.errors import (
     BadMessage,
     BadPlan,
@@ -30,13 +23,17 @@ from ckptd.protocol.errors import (
 
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {
-    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages", "loads"),
+    *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages", "retries", "checkpoints"),
+    *("requests", "connections", "streams", "descriptors", "ratio", "loads"),
+    *("progress", "second"),  # saves in progress; bytes per second
 }
 LABELS = {
     "phase": set(get_args(Phase)),
     "outcome": set(get_args(Outcome)),
-    "kind": set(get_args(Kind)),
-    "reason": set(get_args(Reason)),
+    "kind": {*get_args(Kind), "private", "shared"},
+    "reason": {*get_args(Reason), *get_args(Refusal)},
+    "role": set(get_args(Role)),
+    "volume": set(get_args(Volume)),
     "state": set(get_args(SlotState)),
     "memory": set(get_args(Memory)),
 }
@@ -49,6 +46,10 @@ class Daemon:
         self.live = Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0)
         self.now = 1000.0
         self.metrics = Metrics(lambda: self.live, clock=lambda: self.now)
+
+    def look(self, **rooms):
+        """Let the volumes have been looked at."""
+        self.live = Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0, rooms=rooms)
 
     def families(self):
         text = self.metrics.render().decode()
@@ -69,7 +70,7 @@ def daemon():
 
 def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
     families = daemon.families()
-    assert len(families) == 22
+    assert len(families) == 44
     for name, family in families.items():
         assert name.startswith("ckptd_")
         assert family.documentation.endswith(".")
@@ -79,6 +80,7 @@ def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
 
 
 def test_label_sets_are_closed_and_complete_before_anything_happens(daemon):
+    daemon.look(shm=Room(2, 1), checkpoints=Room(2, 1))
     found = {}
     for family in daemon.families().values():
         for sample in family.samples:
@@ -155,6 +157,9 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     metrics.written(8)
     metrics.skipped()
     metrics.worker_restarted()
+    metrics.work_retried()
+    metrics.refused("host")
+    metrics.observe_interval(60.0)
     metrics.rejected("uid")
     for memory, nbytes in (("served", 9), ("served", 10), ("overwritten", 5), ("absent", 0)):
         metrics.loaded_from_memory(memory, nbytes)
@@ -167,9 +172,84 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     assert samples["ckptd_saves_total", "skipped"] == 1
     assert samples["ckptd_worker_restarts_total",] == 1
     assert samples["ckptd_rejected_messages_total", "uid"] == 1
+    assert samples["ckptd_work_retries_total",] == 1
+    assert samples["ckptd_refused_http_requests_total", "host"] == 1
+    assert samples["ckptd_save_interval_seconds_sum",] == 60
     assert samples["ckptd_rejected_messages_total", "stale"] == 0
     assert samples["ckptd_memory_served_bytes_total",] == 19
     assert [samples["ckptd_memory_loads_total", memory] for memory in get_args(Memory)] == [1, 2, 1, 0]
+
+
+def test_what_was_never_measured_has_no_series(daemon):
+    for name in ("commit_lateness_ratio", "last_commit_bytes", "write_bytes_per_second", "write_peak_bytes_per_second"):
+        assert (f"ckptd_{name}",) not in daemon.samples()
+    assert not [name for name, *_ in daemon.samples() if name.startswith(("ckptd_volume", "ckptd_node_memory"))]
+
+
+def test_the_rest_of_what_is_live_is_shown(daemon):
+    daemon.live = Live(
+        {},
+        queue_depth=0,
+        sessions=3,
+        workers=2,
+        arena_bytes=0,
+        saves=4,
+        full_sessions=1,
+        lateness=2.5,
+        connections=7,
+        streams=6,
+        usage={"daemon": Usage(1.5, 10, 20, 30), "worker": Usage(2.5, 11, 21, 31)},
+        rooms={"shm": Room(100, 40, 3.0)},
+        memory=(1000, 600),
+    )
+    samples = daemon.samples()
+    assert samples["ckptd_saves_in_progress",] == 4
+    assert samples["ckptd_full_sessions",] == 1
+    assert samples["ckptd_commit_lateness_ratio",] == 2.5
+    assert samples["ckptd_http_connections",] == 7
+    assert samples["ckptd_http_streams",] == 6
+    assert samples["ckptd_cpu_seconds_total", "daemon"] == 1.5
+    assert samples["ckptd_resident_bytes", "private", "worker"] == 11
+    assert samples["ckptd_resident_bytes", "shared", "worker"] == 21
+    assert samples["ckptd_open_descriptors", "daemon"] == 30
+    assert samples["ckptd_volume_size_bytes", "shm"] == 100
+    assert samples["ckptd_volume_free_bytes", "shm"] == 40
+    assert samples["ckptd_volume_look_age_seconds", "shm"] == 3
+    assert ("ckptd_volume_size_bytes", "checkpoints") not in samples
+    assert samples["ckptd_node_memory_size_bytes",] == 1000
+    assert samples["ckptd_node_memory_available_bytes",] == 600
+
+
+def test_the_measured_limit_is_the_highest_rate_of_an_image_or_a_save(daemon):
+    daemon.metrics.written(100, 2.0)
+    daemon.metrics.written(100)  # nobody measured
+    assert daemon.samples()["ckptd_write_peak_bytes_per_second",] == 50
+    assert ("ckptd_write_bytes_per_second",) not in daemon.samples()
+    daemon.metrics.save_written(80.0)
+    daemon.metrics.save_written(60.0)
+    samples = daemon.samples()
+    assert samples["ckptd_write_peak_bytes_per_second",] == 80
+    assert samples["ckptd_write_bytes_per_second",] == 60
+    assert samples["ckptd_written_bytes_total",] == 200
+
+
+def test_a_slow_observation_names_its_save_where_the_format_can(daemon):
+    daemon.metrics.committed(10, 2.5, now=1005.0, save_id="job-1-7-ab12")
+    daemon.metrics.observe_slowest_rank(3.0, save_id="job-1-7-ab12")
+    daemon.metrics.observe_phase("write", 0.3, save_id="jöb-1-7-ab12")  # not every parser takes it
+    daemon.metrics.observe_phase("fsync", 0.3, save_id="x" * 200)  # too long for an exemplar
+    daemon.metrics.observe_phase("plan", 0.3)
+    found = {
+        (sample.name, sample.labels["le"]): sample.exemplar.labels
+        for family in openmetrics(daemon.metrics.render_open().decode())
+        for sample in family.samples
+        if sample.exemplar
+    }
+    assert found == {
+        ("ckptd_save_seconds_bucket", "5.0"): {"save_id": "job-1-7-ab12"},
+        ("ckptd_slowest_rank_seconds_bucket", "5.0"): {"save_id": "job-1-7-ab12"},
+    }
+    assert "job-1-7" not in daemon.metrics.render().decode()
 
 
 @pytest.mark.parametrize(

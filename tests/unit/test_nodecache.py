@@ -25,8 +25,7 @@ from ckptd.protocol.cache import (
     Tick,
     Wants,
 )
-from ckptd.protocol.errors import ShmTooSmall
-from ckptd.protocol.messages import (
+from ckptd.protocol.cache_messages import (
     CacheAnswer,
     CacheBegun,
     CacheClaim,
@@ -35,6 +34,7 @@ from ckptd.protocol.messages import (
     CacheSkipped,
     CacheWants,
 )
+from ckptd.protocol.errors import ShmTooSmall
 from ckptd.staging.arena import ArenaView, create_arena
 
 FRAME = 4 << 20

@@ -12,8 +12,18 @@ from ckptd.daemon.config import Config
 from ckptd.daemon.jobfiles import JobFiles
 from ckptd.daemon.nodecache import NodeCache
 from ckptd.protocol.cache import FRAME_BYTES
+from ckptd.protocol.cache_messages import (
+    CacheAnswer,
+    CacheBegun,
+    CacheClaim,
+    CacheDone,
+    CacheLeft,
+    CacheWants,
+)
 from ckptd.protocol.errors import BadMessage, SessionClosed, Unsupported
-from ckptd.protocol.messages import CacheAnswer, CacheBegun, CacheClaim, CacheDone, CacheLeft, CacheWants, Heartbeat
+from ckptd.protocol.messages import (
+    Heartbeat,
+)
 
 
 class Job:
@@ -21,7 +31,7 @@ class Job:
 
     def __init__(self, folder, *, world_size=2, **settings):
         self.roster = SimpleNamespace(world_size=world_size, incarnation=1, job="job")
-        self.files = JobFiles(str(folder), None)
+        self.files = JobFiles(str(folder), None, on_made=lambda: None)
         self.sessions = {rank: SimpleNamespace(rank=rank, live=True) for rank in range(world_size)}
         self.sent, self.served = [], []
         context = SimpleNamespace(

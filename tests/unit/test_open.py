@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from support.checkpoints import make_checkpoint, write_checkpoint
 
@@ -41,4 +43,15 @@ def test_where_there_is_neither_there_is_no_checkpoint(tmp_path, path):
 def test_an_index_that_cannot_be_read_is_not_a_missing_one(tmp_path):
     (tmp_path / ".ckptd").mkdir()
     with pytest.raises(SystemCallFailed, match=r"read .*/.ckptd: Is a directory"):
+        read_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [".ckptd", ".metadata"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_never_ends_is_no_index(tmp_path, name, what):
+    if what == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(BadIndex, match="not a file"):
         read_index(str(tmp_path))

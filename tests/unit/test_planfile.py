@@ -57,3 +57,9 @@ def test_lengths_that_do_not_fit_are_refused(path, lengths):
     store_plan(path, PLAN)
     with pytest.raises(BadMessage, match="lengths of objects"):
         load_plan(path).ranks[0].true_bytes(column(*lengths))
+
+
+def test_half_a_length_is_refused(path):
+    store_plan(path, PLAN)
+    with pytest.raises(BadMessage, match="in 9 bytes"):
+        load_plan(path).ranks[0].true_bytes(b"\0" * 9)

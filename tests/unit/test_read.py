@@ -166,6 +166,12 @@ def test_a_missing_file_is_told(tmp_path):
         read_all([Read(str(tmp_path / "gone"), 0, 1, Target(1).address, "item")])
 
 
+def test_a_pipe_in_a_files_place_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TruncatedFile):
+        read_files.DiskFile(str(tmp_path / "pipe"), 0, 10)
+
+
 def test_a_file_that_may_not_be_opened_is_told(file, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "no")
@@ -286,7 +292,7 @@ def test_cached_targets_are_copied_to_without_a_bounce(file, monkeypatch):
 
 
 def test_the_disk_is_read_into_aligned_buffers_of_whole_huge_pages():
-    buffer = read_module._huge_buffer(8 << 20)
+    buffer = read_module.huge_buffer(8 << 20)
     assert len(buffer) == 8 << 20
     assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % (2 << 20) == 0
 
@@ -366,7 +372,7 @@ class FileInMemory:
         self.read_bytes += end - begin
         return memoryview(self._content)[begin:end]
 
-    def fill_rows(self, begins, row_bytes, target):
+    def fill_rows(self, begins, row_bytes, target, *, blocks):
         target[:] = b"".join(self._content[at : at + row_bytes] for at in begins.tolist())
         self.read_bytes += len(target)
 

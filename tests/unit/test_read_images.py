@@ -56,7 +56,7 @@ def test_rows_come_one_behind_the_other(image, monkeypatch, mapped, row_bytes):
         monkeypatch.setattr(MappedFile, "copy_rows", lambda *_: False)
     begins = np.array([0, 2000, 4000, 9001, 20_000])
     target = memoryview(bytearray(len(begins) * row_bytes))
-    image.fill_rows(begins, row_bytes, target)
+    image.fill_rows(begins, row_bytes, target, blocks=(0, 2 << 20))
     assert bytes(target) == b"".join(DATA[begin : begin + row_bytes] for begin in begins)
     assert image.read_bytes == len(target)
 
@@ -66,7 +66,7 @@ def test_rows_come_one_behind_the_other(image, monkeypatch, mapped, row_bytes):
     [
         lambda image: image.fill(len(DATA) - 5, [memoryview(bytearray(6))]),
         lambda image: image.view(0, len(DATA) + 1, memoryview(bytearray(len(DATA) + 1))),
-        lambda image: image.fill_rows(np.array([0, len(DATA) - 3]), 4, memoryview(bytearray(8))),
+        lambda image: image.fill_rows(np.array([0, len(DATA) - 3]), 4, memoryview(bytearray(8)), blocks=(0, 0)),
     ],
     ids=["fill", "view", "rows"],
 )
@@ -81,7 +81,7 @@ def test_an_arena_that_was_cut_short_is_an_error(image, descriptor):
     with pytest.raises(TruncatedFile):
         image.fill(90, [memoryview(bytearray(20))])
     with pytest.raises(TruncatedFile):
-        image.fill_rows(np.array([0, 50_000]), 8, memoryview(bytearray(16)))
+        image.fill_rows(np.array([0, 50_000]), 8, memoryview(bytearray(16)), blocks=(0, 0))
 
 
 def test_a_call_that_fails_is_named(image, monkeypatch):

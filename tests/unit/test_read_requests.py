@@ -102,3 +102,43 @@ def test_rows_are_asked_for_by_the_batch(monkeypatch):
     found = [(request.begin, request.end, request.rows) for request in requests_of(wanted)]
     assert found == [(1000, 1110, (0, 2)), (1200, 1310, (2, 4)), (1400, 1410, (4, 5))]
     assert wanted[0].end == 1410
+
+
+class TestLargeBlocks:
+    """Rows that lie close together bring blocks whole, whichever reads they belong to."""
+
+    MIB = 1 << 20
+
+    def blocks(self, *reads):
+        return [request.blocks for request in requests_of(list(reads))]
+
+    def rows(self, offset, *, step=4 * KIB, nbytes=1 << 20, file="f", row_bytes=KIB):
+        starts = np.arange(0, nbytes, step, dtype=np.int64)
+        return Read(file, offset, len(starts) * row_bytes, 0, "item", rows=Rows(starts, row_bytes))
+
+    def test_a_read_brings_the_blocks_that_it_fills(self):  # in two requests, which share one
+        asked = self.blocks(self.rows(self.MIB, nbytes=8 * self.MIB))
+        assert asked == [(2 * self.MIB, 6 * self.MIB), (4 * self.MIB, 8 * self.MIB)]
+
+    def test_reads_bring_the_blocks_that_they_fill_together(self):
+        assert self.blocks(self.rows(0), self.rows(self.MIB)) == [(0, 2 * self.MIB)] * 2
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_not_those_that_somebody_else_has_to_fill(self, order):
+        far = self.rows(self.MIB, step=12 * KIB)
+        whole = Read("f", self.MIB, self.MIB, 0, "item")
+        other_file = self.rows(self.MIB, file="g")
+        for other in (far, whole, other_file):
+            assert all(begin == end for begin, end in self.blocks(*[self.rows(0), other][::order]))
+
+    def test_rows_far_apart_bring_none(self):
+        found = self.blocks(self.rows(0, nbytes=4 * self.MIB, step=12 * KIB))
+        assert found
+        assert all(begin == end for begin, end in found)
+
+    def test_whether_they_are_far_apart_depends_on_where_blocks_begin(self):
+        aligned, across = (
+            self.blocks(self.rows(at, nbytes=8 * self.MIB, step=8 * KIB, row_bytes=4 * KIB)) for at in (0, 100)
+        )
+        assert {end - begin for begin, end in aligned} == {0}
+        assert across == [(0, 8 * self.MIB)]

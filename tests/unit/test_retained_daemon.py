@@ -37,12 +37,16 @@ def job_of(arenas, *, uid=1000, save_id="save"):
     message = SimpleNamespace(slot=1, control_bytes=4096, image_bytes=8192)
     seals = {rank: SimpleNamespace(message=message, arena=arena) for rank, arena in enumerate(arenas)}
     generation = SimpleNamespace(save_id=save_id, sequence=5, seals=seals)
-    return SimpleNamespace(owner=SimpleNamespace(uid=uid), saves=SimpleNamespace(retained=generation))
+    return holding(generation, uid)
+
+
+def holding(generation, uid):
+    saves = SimpleNamespace(outcomes=SimpleNamespace(retained=generation))
+    return SimpleNamespace(owner=SimpleNamespace(uid=uid), saves=saves)
 
 
 def ask(job, *, uid=1000, request=REQUEST):
-    idle = SimpleNamespace(owner=SimpleNamespace(uid=1000), saves=SimpleNamespace(retained=None))
-    return open_images([idle, job], Peer(1, uid, uid), request)
+    return open_images([holding(None, 1000), job], Peer(1, uid, uid), request)
 
 
 def test_the_owner_gets_read_only_descriptors_of_all_ranks(arenas):

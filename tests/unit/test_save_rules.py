@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ckptd.protocol.errors import BadPlan, DeadlineExceeded, DiskFull, RankLost, RankMismatch, SaveSkipped
+from ckptd.protocol.errors import (
+    BadPlan,
+    DeadlineExceeded,
+    DiskFull,
+    RankLost,
+    RankMismatch,
+    SaveSkipped,
+    WriteIncomplete,
+)
 from ckptd.protocol.save import (
     Abandon,
     AnnounceCommit,
@@ -19,6 +27,7 @@ from ckptd.protocol.save import (
     RankFell,
     RankHandedOver,
     RankSealed,
+    RankStages,
     SaveHandedOver,
     SaveRules,
     State,
@@ -74,6 +83,42 @@ def test_an_image_may_be_durable_before_another_is_sealed():
     save = steady()
     assert play(save, sealed(0), ImageWritten(0, 10)) == [Write(0)]
     assert play(save, sealed(1), ImageWritten(1, 10)) == [Write(1), Commit()]
+
+
+class TestARankThatStagesInWaves:
+    def stages(self, rank=0, digest="a", nbytes=10, checkpoint_id=ID):
+        return RankStages(rank, checkpoint_id, digest, nbytes)
+
+    def test_has_sealed_nothing_before_its_last_wave(self):
+        save = steady()
+        assert play(save, self.stages(0), self.stages(0)) == []
+        assert (save.unsealed(), save.checkpoint_id) == ([0, 1], ID)
+        assert play(save, sealed(0), self.stages(0)) == [Write(0)]  # a wave that is heard of late
+
+    def test_takes_the_save_with_it_if_it_dies_before_that(self):
+        assert abandoned(steady(1), self.stages(0), RankFell(0, LOST)).error is LOST
+
+    @pytest.mark.parametrize(
+        ("event", "kind"),
+        [
+            ({"digest": "old"}, BadPlan),
+            ({"nbytes": 11}, WriteIncomplete),
+            ({"checkpoint_id": "/elsewhere"}, RankMismatch),
+            ({"rank": 2}, RankMismatch),
+        ],
+    )
+    def test_is_stopped_at_once_if_it_stages_what_is_not_planned(self, event, kind):
+        save = steady()
+        play(save, sealed(1))
+        assert isinstance(abandoned(save, self.stages(**event)).error, kind)
+
+    def test_does_so_beside_ranks_that_hand_over_never(self):
+        assert isinstance(abandoned(steady(), RankHandedOver(1, ID), self.stages(0)).error, RankMismatch)
+
+    def test_lets_others_plan_once_it_has_sealed(self):
+        save = steady()
+        assert play(save, self.stages(0), proposed(1)) == []
+        assert save.handle(sealed(0)) == [Write(0), MakePlan(frozenset({0}))]
 
 
 def test_the_first_save_is_planned_once_all_have_proposed():

@@ -12,7 +12,7 @@ from support.plans import Held, local_plan
 from ckptd.client.layout import make_rank_layout
 from ckptd.client.slots import Slots
 from ckptd.protocol.errors import DaemonLost, SaveSkipped, SlotsBusy
-from ckptd.staging.arena import ArenaView, SlotState, create_arena, read_slot
+from ckptd.staging.arena import ArenaView, SlotState, create_arena, read_slot, write_slot_state
 
 SLOT_BYTES = 32 * 4096
 
@@ -179,3 +179,44 @@ def test_a_slot_that_is_taken_holds_no_committed_image_from_then_on(opened):
     slot = take(slots)
     assert read_slot(descriptor, slot.number)[0] is SlotState.FREE
     assert read_slot(descriptor, 1 - slot.number) == (SlotState.RETAINED, 0, 5)
+
+
+def test_the_slot_that_is_free_for_the_longest_time_is_taken_next(slots):
+    first, second = take(slots), take(slots)
+    for slot in (second, first, second):
+        slots.freed(1, slot.number)
+        assert take(slots) is slot
+    slots.freed(1, first.number)
+    slots.freed(1, second.number)
+    assert take(slots) is first
+
+
+@pytest.mark.parametrize("state", SlotState)
+def test_what_a_daemon_freed_without_a_word_is_found_in_the_arena(opened, state):
+    slots, descriptor = opened
+    sealed, held = take(slots), take(slots)
+    sealed.seal(b"seal", sequence=5)
+    assert read_slot(descriptor, sealed.number) == (SlotState.SEALED, 4, 5)
+    write_slot_state(descriptor, sealed.number, state, 5)
+    slots.look_again()
+    free = [slot for slot in slots._slots if slot.free]
+    assert free == ([sealed] if state in {SlotState.FREE, SlotState.RETAINED} else [])
+    assert held not in free  # being filled: its state word says FREE until the first byte is on its way
+
+
+def test_an_orphaned_arena_is_removed_unless_it_holds_a_sealed_save(tmp_path):
+    for number, seal in ((1, b""), (2, b"seal")):
+        view, descriptor = arena(tmp_path, number)
+        slots = Slots()
+        slots.adopt(view, touch_threads=1)
+        if seal:
+            take(slots).seal(seal, sequence=1)
+        slots.drop(orphaned=True)
+        assert (tmp_path / str(number)).exists() == bool(seal)
+        os.close(descriptor)
+
+
+def test_an_arena_that_is_dropped_in_order_is_the_daemons_to_remove(opened, tmp_path):
+    slots, _ = opened
+    slots.drop()
+    assert (tmp_path / "1").exists()

@@ -17,6 +17,7 @@ from ckptd.checkpoint import commit
 from ckptd.checkpoint.storage import hidden_directory, posix_sink
 from ckptd.checkpoint.storage.filesystem import FileSystemReader, FileSystemWriter
 from ckptd.checkpoint.storage.threads import run_all
+from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import (
     BadIndex,
     CkptdError,
@@ -193,13 +194,34 @@ class TestNothingIsPublished:
 
     @pytest.mark.parametrize("call", ["write_file", "sync_directory", "publish"])
     def test_if_a_call_of_the_commit_fails(self, first, tmp_path, monkeypatch, call):
-        def fail(*_, **__):
-            raise SystemCallFailed(call, "somewhere", errno.EIO)
+        failures, real = [SystemCallFailed(call, "somewhere", errno.EIO)], getattr(hidden_directory, call)
 
-        monkeypatch.setattr(hidden_directory, call, fail)
+        def fail_once(*arguments, **options):
+            if failures:
+                raise failures.pop()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(hidden_directory, call, fail_once)
         with pytest.raises(CheckpointException, match="Input/output error"):
             save(small_state(2.0), FileSystemWriter(tmp_path / "ckpt"))
         assert files_in(tmp_path) == first
+
+    def test_what_a_disk_that_syncs_no_names_may_still_call_the_checkpoint_stays(self, first, tmp_path, monkeypatch):
+        """The new name was given and taken back, and nobody knows which of the two a power failure would leave."""
+
+        def fail(path):
+            if path == str(tmp_path):
+                raise SystemCallFailed("fsync", path, errno.EIO)
+
+        monkeypatch.setattr(commit, "sync_directory", fail)
+        monkeypatch.setattr(hidden_directory, "sync_directory", fail)
+        with pytest.raises(CheckpointException, match="fsync"):
+            save(small_state(2.0), FileSystemWriter(tmp_path / "ckpt"))
+        [hidden] = tmp_path.glob(".ckpt.ckptd-*")
+        assert verify_checkpoint(str(hidden)).faults == ()
+        monkeypatch.undo()
+        save(small_state(3.0), FileSystemWriter(tmp_path / "ckpt"))
+        assert os.listdir(tmp_path) == ["ckpt"]
 
     def test_if_the_parent_directory_cannot_be_made_durable(self, first, tmp_path, monkeypatch):
         original = commit.sync_directory

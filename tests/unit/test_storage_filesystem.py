@@ -29,8 +29,8 @@ from torch.distributed.checkpoint._extension import ZStandard as StockZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
 
+from ckptd.checkpoint import commit
 from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.storage import hidden_directory
 from ckptd.checkpoint.storage.filesystem import FileSystemReader, FileSystemWriter
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import CheckpointExists, UnknownCheckpoint, Unsupported
@@ -201,8 +201,8 @@ class TestOverwriting:
         save(small_state(5.0), FileSystemWriter(tmp_path / "ckpt"))
         before = files_in(tmp_path)
         answers = iter([False])  # as it was a moment ago
-        original = hidden_directory.has_checkpoint
-        monkeypatch.setattr(hidden_directory, "has_checkpoint", lambda path: next(answers, original(path)))
+        original = commit.has_checkpoint
+        monkeypatch.setattr(commit, "has_checkpoint", lambda path: next(answers, original(path)))
         writer = FileSystemWriter(tmp_path / "ckpt")
         with pytest.raises(CheckpointExists):
             play_ranks([small_state()], writer, before_writing=lambda _: setattr(writer, "overwrite", False))

@@ -98,7 +98,7 @@ def test_a_failing_read_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", fail)
     faults = verify_checkpoint(str(tmp_path)).faults
     assert [vars(fault) for fault in faults] == [
-        {"call": "preadv", "path": str(tmp_path / file), "errno": errno.EIO} for file in FILES
+        {"call": "pread", "path": str(tmp_path / file), "errno": errno.EIO} for file in FILES
     ]
     assert {type(fault) for fault in faults} == {SystemCallFailed}
 

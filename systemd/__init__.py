@@ -1,0 +1,1 @@
+"""Units and files that ``ckptd install`` puts in place. ``@PYTHON@`` stands for the interpreter that installs them."""

@@ -1,0 +1,3 @@
+"""What unit tests of commands share."""
+
+from support.cli import run_cli  # noqa: F401
