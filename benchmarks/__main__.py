@@ -61,6 +61,7 @@ def _extent(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> E
         loads=1,
         soak_saves=40,
         items=50_000,
+        adoptions=2,
     )
 
 

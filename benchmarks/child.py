@@ -20,11 +20,14 @@ from benchmarks.samples import Message, Result, Step
 _LIMITS = "limits"
 _SOAK = "soak"
 _PLANNING = "planning"
+_ADOPTION = "adoption"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one system; see python -m benchmarks.")
-    parser.add_argument("--system", required=True, help="ckptd, waves, sync, thread, process, limits, soak or planning")
+    parser.add_argument(
+        "--system", required=True, help="ckptd, waves, sync, thread, process, limits, soak, adoption or planning"
+    )
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--tensors", type=int, default=1000)
     parser.add_argument("--saves", type=int, default=3)
@@ -45,6 +48,10 @@ def _measure(arguments: argparse.Namespace, tell: Callable[[str], None]) -> Resu
         from benchmarks.planning import measure_planning
 
         return measure_planning(arguments.tensors, arguments.bytes, directory=directory, tell=tell)
+    if arguments.system == _ADOPTION:
+        from benchmarks.restore import measure_adoption
+
+        return measure_adoption(arguments.saves, directory, repeats=arguments.loads, tell=tell)
     from benchmarks.systems import SYSTEMS
     from benchmarks.trials import Scope, Trial, soak
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import msgspec
@@ -106,6 +107,7 @@ def _figures(run: Summary, systems: list[SystemSummary]) -> list[tuple[str, floa
     """Return name, limit, and the figure of each system."""
     limits, gigabytes = run.limits, run.gigabytes
     background = [s.background_return_s for s in systems]
+    finished_s = median(run.adoption.finished_s)
     rows: list[tuple[str, float | None, Figures]] = [
         ("opening, ahead of the first save, s", None, [s.open_s for s in systems]),
         ("stall, first save, s", None, [s.first_stall_s for s in systems]),
@@ -133,7 +135,19 @@ def _figures(run: Summary, systems: list[SystemSummary]) -> list[tuple[str, floa
         ("lost by the trainer in a save, s", limits.memcpy_s(gigabytes), [s.lost_s for s in systems]),
         ("load, cold, GB/s", limits.read_gb_per_s, [s.cold_load_gb_per_s for s in systems]),
         ("load, warm, GB/s", None, [s.warm_load_gb_per_s for s in systems]),
+        ("load from memory, GB/s", None, [_from_memory(run), None, None, None]),
+        (
+            f"{run.adoption.generations} saves finished by a killed daemon's successor, s",
+            None,
+            [finished_s, None, None, None],
+        ),
     ]
+
+
+def _from_memory(run: Summary) -> float | None:
+    if run.restore is None:
+        return None
+    return run.gigabytes / (run.restore.against_disk.limit_s * run.restore.against_disk.slower)
 
 
 def _waves(run: Summary) -> list[tuple[str, float | None, Figures]]:

@@ -45,6 +45,8 @@ class Extent:
         loads: Loads of each system and round, cold and warm each.
         soak_saves: Saves of a small model in a row.
         items: Chunks of tensors in the metadata that are written and read.
+        adopted: Sealed saves of a daemon that is killed.
+        adoptions: How often that is done.
     """
 
     nbytes: int
@@ -56,6 +58,8 @@ class Extent:
     loads: int = 2
     soak_saves: int = 200
     items: int = 1_000_000
+    adopted: int = 100
+    adoptions: int = 5
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,17 @@ def turns_of(extent: Extent) -> list[Turn]:
     turns.append(Turn("limits once more", limits))
     small = ["--bytes", str(_SOAK_BYTES), "--tensors", str(_SOAK_TENSORS), "--saves", str(extent.soak_saves)]
     turns.append(Turn(f"{extent.soak_saves} small saves", ["--system", "soak", *small]))
+    adoption = [
+        "--system",
+        "adoption",
+        "--bytes",
+        "0",
+        "--saves",
+        str(extent.adopted),
+        "--loads",
+        str(extent.adoptions),
+    ]
+    turns.append(Turn(f"the successor of a daemon killed with {extent.adopted} saves", adoption))
     many = ["--bytes", str(min(extent.nbytes, _RESHARD_BYTES)), "--tensors", str(extent.items)]
     turns.append(Turn(f"planning, and metadata of {extent.items:,} items", ["--system", "planning", *many]))
     return turns

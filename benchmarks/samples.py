@@ -63,6 +63,20 @@ class Pairs(Sample, frozen=True):
     cold_load: list[Pair]
 
 
+class RestoreSample(Sample, frozen=True):
+    """Loads of ckptd's last save, by a process whose session has ended, while the daemon still holds it in memory.
+
+    Attributes:
+        against_disk: A load from memory, and a raw O_DIRECT read of the same files just before it.
+        verified: A load from memory that holds every item against its hash, and one beside it that does not.
+        verified_cold: The same from the disk, the files dropped from the page cache.
+    """
+
+    against_disk: list[Pair]
+    verified: list[Pair]
+    verified_cold: list[Pair]
+
+
 class SlowdownSample(Sample, frozen=True):
     """A matmul loop in the trainer, beside a save and without one.
 
@@ -101,6 +115,7 @@ class SystemResult(Sample, frozen=True):
         cold_load_s: Seconds of each load with the files dropped from the page cache.
         warm_load_s: Seconds of each load with the files in the page cache.
         pairs: The machine's limits, taken between the saves and loads; only ckptd's.
+        restore: Loads from memory; only ckptd's.
     """
 
     system: str
@@ -116,6 +131,7 @@ class SystemResult(Sample, frozen=True):
     cold_load_s: list[float]
     warm_load_s: list[float]
     pairs: Pairs | None = None
+    restore: RestoreSample | None = None
 
 
 class LimitsResult(Sample, frozen=True):
@@ -139,6 +155,20 @@ class SoakResult(Sample, frozen=True):
     tensors: int
     saves: list[int]
     resident_bytes: list[int]
+
+
+class AdoptionResult(Sample, frozen=True):
+    """A daemon that is started after one that was killed with sealed saves, seconds from its exec.
+
+    Attributes:
+        generations: Saves that it has to take up.
+        ready_s: Until it had taken them all up and served.
+        finished_s: Until the trainer had heard that all of them are committed.
+    """
+
+    generations: int
+    ready_s: list[float]
+    finished_s: list[float]
 
 
 class FormatSample(Sample, frozen=True):
@@ -206,5 +236,5 @@ class Step(Sample, frozen=True):
     what: str
 
 
-Result = SystemResult | LimitsResult | SoakResult | PlanningResult
+Result = SystemResult | LimitsResult | SoakResult | AdoptionResult | PlanningResult
 Message = Result | Step

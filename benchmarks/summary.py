@@ -11,9 +11,11 @@ from statistics import median
 import msgspec
 
 from benchmarks.samples import (
+    AdoptionResult,
     LimitsResult,
     Pair,
     PlanningResult,
+    RestoreSample,
     Result,
     SaveSample,
     SlowdownSample,
@@ -59,6 +61,14 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
     limit_s: float
 
 
+class RestoreSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Loads from memory, against a raw read of the disk; and verified loads against such that do not look at hashes."""
+
+    against_disk: Against
+    verified: Against
+    verified_cold: Against
+
+
 class LimitsSummary(msgspec.Struct, frozen=True, kw_only=True):
     """The machine."""
 
@@ -96,6 +106,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     cold_load: Against | None
     soak: SoakResult
     planning: PlanningResult
+    restore: RestoreSummary | None
+    adoption: AdoptionResult
 
     @property
     def growth_bytes(self) -> int:
@@ -118,6 +130,7 @@ def summarize(results: Sequence[Result], *, others_share: float) -> Summary:
     pairs = [result.pairs for rounds in by_system.values() for result in rounds if result.pairs is not None]
     cold = [pair for found in pairs for pair in found.cold_load]
     [soak] = [result for result in results if isinstance(result, SoakResult)]
+    [adoption] = [result for result in results if isinstance(result, AdoptionResult)]
     [planning] = [result for result in results if isinstance(result, PlanningResult)]
     return Summary(
         others_share=others_share,
@@ -131,11 +144,23 @@ def summarize(results: Sequence[Result], *, others_share: float) -> Summary:
         cold_load=_against(cold) if cold else None,
         soak=soak,
         planning=planning,
+        restore=_summarize_restores([r.restore for rs in by_system.values() for r in rs if r.restore is not None]),
+        adoption=adoption,
     )
 
 
 def _against(pairs: list[Pair]) -> Against:
     return Against(slower=median(pair.slower for pair in pairs), limit_s=median(pair.limit_s for pair in pairs))
+
+
+def _summarize_restores(rounds: list[RestoreSample]) -> RestoreSummary | None:
+    if not rounds:
+        return None
+    return RestoreSummary(
+        against_disk=_against([pair for found in rounds for pair in found.against_disk]),
+        verified=_against([pair for found in rounds for pair in found.verified]),
+        verified_cold=_against([pair for found in rounds for pair in found.verified_cold]),
+    )
 
 
 def _summarize_system(rounds: list[SystemResult]) -> SystemSummary:

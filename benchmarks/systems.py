@@ -159,6 +159,7 @@ class Ckptd:
 
         self._dcp = dcp
         self._session: Session | None = None
+        self._daemon_left: list[int] = []  # its pid, once the session has ended before it
         # Asking for the asynchronous stager turns background staging on for one save, so that no second arena is
         # needed to measure it.
         self._background_stager = DefaultStager(
@@ -182,11 +183,11 @@ class Ckptd:
 
     def daemons(self) -> list[int]:
         """Return the daemon's pid."""
-        return [] if self._session is None else [self._session.daemon_pid]
+        return self._daemon_left if self._session is None else [self._session.daemon_pid]
 
     def close(self) -> None:
         """End the session, then the daemon and its workers."""
-        daemons = self.daemons()
+        daemons, self._daemon_left = self.daemons(), []
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -201,6 +202,19 @@ class Ckptd:
     def load(self, state: StateDict, path: Path) -> None:
         """Load with ckptd's `load`, which needs no daemon."""
         self._dcp.load(state, checkpoint_id=path)
+
+    def end_session(self) -> None:
+        """End the session, as a trainer's end does; the daemon stays, and keeps the last save for a while."""
+        assert self._session is not None
+        self._daemon_left = self.daemons()
+        self._session.close()
+        self._session = None
+
+    def load_verified(self, state: StateDict, path: Path, *, verify: bool) -> str:
+        """Load with or without holding items against their hashes; return where the bytes came from."""
+        report = self._dcp.load(state, checkpoint_id=path, verify=verify)
+        assert report is not None  # there is one wherever no planner or reader of the caller's own decides
+        return report.source
 
 
 class CkptdWaves(Ckptd):

@@ -14,6 +14,8 @@ from benchmarks.systems import WAVE_SLOT_BYTES, WAVE_SLOTS
 _FLAT_BYTES: Final = 1 << 20  # CPython takes memory from the system in steps of 1 MiB: obmalloc.h, ARENA_SIZE
 _RING_GB: Final = WAVE_SLOTS * WAVE_SLOT_BYTES / 1e9
 _SLOWED_AT_MOST: Final = 0.05
+_ADOPTED_WITHIN_S: Final = 1.0
+_VERIFYING_AT_MOST: Final = 0.10
 _LOCAL_PLAN_WITHIN_S: Final = 50e-3
 _RETURNS_WITHIN_S: Final = 2e-3
 _RETURNS_WITHIN_S_PER_TENSOR: Final = 5e-6
@@ -52,7 +54,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 def targets_of(run: Summary) -> list[Target]:
     """Return every promise with the figures of a run."""
     saving = [*_persisting(run), *_staging(run), *_steadiness(run), *_slowdowns(run)]
-    return [*saving, *_loading(run), *_planning(run), *_waves(run)]
+    return [*saving, *_loading(run), *_planning(run), *_waves(run), *_restoring(run)]
 
 
 def _persisting(run: Summary) -> list[Target]:
@@ -251,6 +253,58 @@ def _loading(run: Summary) -> list[Target]:
                 ratio=ours.warm_load_gb_per_s / stock.warm_load_gb_per_s,
                 relation="≥",
                 bound=1.5,
+            )
+        )
+    return targets
+
+
+def _restoring(run: Summary) -> list[Target]:
+    adoption, restore = run.adoption, run.restore
+    ready_s = median(adoption.ready_s)
+    targets = [
+        Target(
+            number=10,
+            what=f"a killed daemon's successor has taken up {adoption.generations} saves",
+            unit="s",
+            ours=ready_s,
+            stock=[],
+            limit=_ADOPTED_WITHIN_S,
+            ratio_of="ours / 1 s",
+            ratio=ready_s / _ADOPTED_WITHIN_S,
+            relation="≤",
+            bound=1.0,
+        )
+    ]
+    if restore is None:
+        return targets
+    disk = restore.against_disk
+    targets.append(
+        Target(
+            number=10,
+            what="load from memory",
+            unit="GB/s",
+            ours=run.gigabytes / (disk.limit_s * disk.slower),
+            stock=[],
+            limit=run.gigabytes / disk.limit_s,
+            ratio_of="ours / raw read of the disk, pairs",
+            ratio=1 / disk.slower,
+            relation="≥",
+            bound=4.0,
+        )
+    )
+    for where, pairs in (("from the disk", restore.verified_cold), ("from memory", restore.verified)):
+        targets.append(
+            Target(
+                number=10,
+                what=f"verifying while loading {where}",
+                unit="%",
+                ours=(pairs.slower - 1) * 100,
+                stock=[],
+                limit=_VERIFYING_AT_MOST * 100,
+                ratio_of="with / without hashes, pairs",
+                ratio=pairs.slower,
+                relation="≤",
+                bound=1 + _VERIFYING_AT_MOST,
             )
         )
     return targets

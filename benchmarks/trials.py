@@ -13,7 +13,8 @@ from typing import Final
 from benchmarks import measure
 from benchmarks.limits import PairedLimits
 from benchmarks.matmul import slowdown_beside, thread_counts
-from benchmarks.samples import Pair, Pairs, SaveSample, SlowdownSample, SoakResult, SystemResult
+from benchmarks.restore import measure_cold, measure_memory
+from benchmarks.samples import Pair, Pairs, RestoreSample, SaveSample, SlowdownSample, SoakResult, SystemResult
 from benchmarks.systems import Ckptd, Pending, System
 from benchmarks.workload import StateDict, bytes_of, clear, digest_of, make_state_dict, tensors_of
 
@@ -65,6 +66,7 @@ class Trial:
         if isinstance(self._system, Ckptd) and self._system.is_plain:
             self._limits = PairedLimits(tensors_of(state), self._directory)
         without = measure.memory_bytes(measure.family())
+        restore = RestoreSample(against_disk=[], verified=[], verified_cold=[])
         try:
             self._tell("opening")
             begun = time.perf_counter()
@@ -81,8 +83,12 @@ class Trial:
             last = self._path()
             if scope.loads:
                 self._timed(state, last)
+                self._restores(state, last, scope.loads, restore)
         finally:
             self._system.close()
+        if isinstance(self._system, Ckptd) and self._limits is not None and scope.loads:
+            self._tell("cold loads, with and without hashes")
+            measure_cold(self._system, state, last, loads=scope.loads, into=restore)
         return SystemResult(
             system=self._name,
             nbytes=bytes_of(state),
@@ -97,6 +103,7 @@ class Trial:
             cold_load_s=self._loads(state, last, scope.loads, cold=True),
             warm_load_s=self._loads(state, last, scope.loads, cold=False),
             pairs=None if self._limits is None else self._pairs,
+            restore=restore if restore.verified else None,
         )
 
     def _path(self) -> Path:
@@ -197,6 +204,12 @@ class Trial:
             self._tell(f"{'cold' if cold else 'warm'} load {number + 1} of {loads}")
             seconds.append(self._load(state, path, cold=cold))
         return seconds
+
+    def _restores(self, state: StateDict, path: Path, loads: int, into: RestoreSample) -> None:
+        """Load the last save while the daemon still holds it."""
+        if isinstance(self._system, Ckptd) and self._limits is not None:
+            self._tell("loads from memory, with and without hashes")
+            measure_memory(self._system, state, path, loads=loads, limits=self._limits, into=into)
 
     def _load(self, state: StateDict, path: Path, *, cold: bool) -> float:
         """Load once into cleared tensors and hold the outcome against what was there."""

@@ -10,6 +10,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.frame import METADATA_HASH
 from ckptd.checkpoint.index import decode_index
 from ckptd.checkpoint.metadata_unpickle import decode_metadata
@@ -18,11 +19,12 @@ from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.protocol.errors import BadIndex, CkptdError, UnknownCheckpoint
 
 
-def read_index(path: str) -> Index:
+def read_index(path: str, *, opener: Opener | None = None) -> Index:
     """Return the index of the checkpoint in a directory.
 
     Args:
         path: The directory.
+        opener: How its files are opened; by path if left out.
 
     Returns:
         What ``.ckptd`` says; what stock's ``.metadata`` says where there is no such file, or an older one that stock
@@ -35,8 +37,8 @@ def read_index(path: str) -> Index:
         SystemCallFailed: It is there but the system does not let us read it.
     """
     ours, stock = f"{path}/{INDEX_NAME}", f"{path}/{METADATA_NAME}"
-    data = _read(ours)
-    metadata = _read(stock)
+    data = _read(ours, opener)
+    metadata = _read(stock, opener)
     if data is None and metadata is None:
         raise UnknownCheckpoint(path)
     if data is None:
@@ -65,12 +67,12 @@ def _is_another_save(index: Index, metadata: bytes, path: str) -> bool:
     return found.header.get("save_id") != index.header.get("save_id") and not same_places
 
 
-def _read(path: str) -> bytes | None:
+def _read(path: str, opener: Opener | None) -> bytes | None:
     """Return a file's bytes, or None if it is not there. A pipe or device would keep a reader for ever."""
 
     def read() -> bytes | None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = (opener or os.open)(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
         with closed_at_end(descriptor, path):

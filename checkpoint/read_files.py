@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 from ckptd.checkpoint.columns import Int64
+from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.mapped import MappedFile
 from ckptd.checkpoint.pagecache import PageCacheProbe
 from ckptd.checkpoint.read_blocks import BLOCK_BYTES, brings_every_block
@@ -24,7 +25,7 @@ from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile
 # What rounding to blocks may add to a request before it is rather read through the page cache.
 _ROUNDING_SHARE: Final = 1 / 64
 # Shorter rows are copied out of a mapping: a call for each costs 10 us, as much as copying these.
-_SHORT_ROW_BYTES: Final = 64 * 1024
+SHORT_ROW_BYTES: Final = 64 * 1024
 # The kernel cuts longer advice to what it reads ahead, 128 KiB unless told otherwise, or the disk's largest request;
 # what is missing then would come with its large block. Source: force_page_cache_ra().
 _ADVICE_BYTES: Final = 128 * 1024
@@ -92,14 +93,21 @@ class Source(Protocol):
 
 
 class Disk:
-    """Files as the kernel gives them."""
+    """Files as the kernel gives them.
+
+    Args:
+        opener: How they are opened; by path if left out.
+    """
 
     name = "disk"
 
-    def open(self, path: str, ranges: Sequence[tuple[int, int]]) -> SourceFile:
+    def __init__(self, opener: Opener | None = None) -> None:
+        self._opener = opener
+
+    def open(self, path: str, ranges: Sequence[tuple[int, int]]) -> DiskFile:
         """Open a file."""
         begins, ends = zip(*ranges, strict=True) if ranges else ((0,), (0,))
-        return DiskFile(path, min(begins), max(ends))
+        return DiskFile(path, min(begins), max(ends), opener=self._opener)
 
 
 class DiskFile:
@@ -109,6 +117,7 @@ class DiskFile:
         path: The file.
         begin: Where the first range begins.
         end: Where the last one ends.
+        opener: How it is opened; by path if left out.
 
     Raises:
         MissingFile: It is not there.
@@ -116,19 +125,23 @@ class DiskFile:
         SystemCallFailed: It cannot be opened.
     """
 
-    def __init__(self, path: str, begin: int, end: int) -> None:
+    def __init__(self, path: str, begin: int, end: int, *, opener: Opener | None = None) -> None:
+        open_file = opener or os.open
         self.read_bytes = 0
         self._path, self._needed_bytes = path, end
         self._lock = threading.Lock()
         self._direct: int | None = None
         try:
             # To open a pipe that lies in a file's place would wait for its writer; files do not mind the flag.
-            self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._buffered = open_file(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise MissingFile(path) from None
         except OSError as error:
             raise SystemCallFailed("open", path, error.errno or errno.EIO) from None
-        size = os.fstat(self._buffered).st_size
+        stat = os.fstat(self._buffered)
+        # Names the bytes, whatever path leads to them: published files are never written into, only replaced.
+        self.identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+        size = stat.st_size
         if size < end:
             os.close(self._buffered)
             raise TruncatedFile(path, end, size)
@@ -136,7 +149,7 @@ class DiskFile:
         self._mapped = MappedFile(self._buffered, size)
         self._is_cached = self._probe.is_all_or_nothing(begin, end - begin)
         with contextlib.suppress(OSError):  # tmpfs, some overlays and network file systems have no O_DIRECT
-            self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self._direct = open_file(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             # Only short requests are left for the page cache: nothing behind them is wanted.
             os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -164,7 +177,7 @@ class DiskFile:
     def fill_rows(self, begins: Int64, row_bytes: int, target: memoryview, *, blocks: tuple[int, int]) -> None:
         """Read rows through the page cache, all of them asked for ahead of the first wait."""
         first, end = int(begins[0]), int(begins[-1]) + row_bytes
-        can_map = row_bytes < _SHORT_ROW_BYTES
+        can_map = row_bytes < SHORT_ROW_BYTES
         if not self._cached(first, end - first):
             every_block = brings_every_block(begins, row_bytes)
             can_map = can_map and every_block

@@ -19,6 +19,8 @@ from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
 # Whoever removes a checkpoint holds its lock until the name is gone, which takes milliseconds.
 _PATIENCE_S: Final = 5.0
 _PAUSE_S: Final = 0.01
+# A pipe that lies in a file's place would keep a reader for ever.
+_AT_ONCE: Final = os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @contextlib.contextmanager
@@ -67,7 +69,7 @@ def _lock_shared(path: str) -> int | None:
         file = os.path.join(path, name)
         while time.monotonic() < until:
             try:
-                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(file, os.O_RDONLY | _AT_ONCE)
             except OSError:
                 break  # the next file may do
             try:
@@ -86,7 +88,7 @@ def _lock_shared(path: str) -> int | None:
 def _open_for_writing(file: str) -> int | None:
     for mode in (os.O_RDWR, os.O_RDONLY):
         try:
-            return os.open(file, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return os.open(file, mode | os.O_NOFOLLOW | _AT_ONCE)
         except PermissionError:
             continue
         except OSError:

@@ -33,8 +33,7 @@ def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
         DaemonUnavailable: None runs, and none may be started or came up in time.
     """
     own = runtime_dir()
-    places = [own] if os.environ.get("CKPTD_RUNTIME_DIR") else list(dict.fromkeys([own, _SYSTEM_RUNTIME]))
-    for place in places:
+    for place in _places():
         connection = _try(place)
         if connection is not None:
             if not os.environ.get("CKPTD_RUNTIME_DIR"):
@@ -43,6 +42,28 @@ def open_attach_socket(*, timeout_s: float) -> tuple[socket.socket, str]:
     if os.environ.get("CKPTD_EMBEDDED", "1") == "0":
         raise DaemonUnavailable(own, "CKPTD_EMBEDDED=0 forbids to start one; run `ckptd serve` or unset it")
     return _start(own, timeout_s=timeout_s), own
+
+
+def find_attach_socket(runtime: str | None, *, timeout_s: float) -> socket.socket | None:
+    """Return a connection to a daemon that runs already, or None if there is none.
+
+    Args:
+        runtime: Its runtime directory; None looks where :func:`open_attach_socket` does.
+        timeout_s: How long each call on the connection may take, the first one included, in seconds.
+
+    Raises:
+        CkptdError: There is something, but it cannot be reached.
+    """
+    for place in _places() if runtime is None else [runtime]:
+        connection = _try(place, timeout_s=timeout_s)
+        if connection is not None:
+            return connection
+    return None
+
+
+def _places() -> list[str]:
+    own = runtime_dir()
+    return [own] if os.environ.get("CKPTD_RUNTIME_DIR") else list(dict.fromkeys([own, _SYSTEM_RUNTIME]))
 
 
 def reopen_attach_socket(runtime: str, *, embedded: bool, timeout_s: float) -> socket.socket | None:
@@ -62,8 +83,9 @@ def reopen_attach_socket(runtime: str, *, embedded: bool, timeout_s: float) -> s
     return connection
 
 
-def _try(runtime: str) -> socket.socket | None:
+def _try(runtime: str, *, timeout_s: float | None = None) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_s)
     try:
         connection.connect(attach_socket(runtime))
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch.distributed.tensor import DTensor
 from ckptd.checkpoint.chunks import is_meta
 from ckptd.checkpoint.collector import collector_paused
 from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.read import read_all
-from ckptd.checkpoint.read_files import Disk, Source
+from ckptd.checkpoint.read_files import Disk
 from ckptd.client.flatten import Path, flatten, set_leaf, top_level
-from ckptd.client.load_match import LoadRules, match
-from ckptd.client.load_plan import LoadPlanner
+from ckptd.client.load_match import Leaves, LoadRules, Match, match
+from ckptd.client.load_plan import LoadPlan, LoadPlanner
 from ckptd.client.load_records import with_places
 from ckptd.client.load_report import LoadReport
+from ckptd.client.load_sources import ONLY_DISK, Brought, Sources, bring, of_one_save
 from ckptd.client.logging_handlers import Phases
 from ckptd.client.snapshot import state_of
 from ckptd.staging.image import scalar_value
@@ -35,7 +37,7 @@ def load_into(
     rules: LoadRules,
     flat: bool = False,
     verify: bool = True,
-    source: Source | None = None,
+    sources: Sources = ONLY_DISK,
 ) -> LoadReport:
     """Load the checkpoint at ``path`` into ``state_dict``.
 
@@ -45,7 +47,7 @@ def load_into(
         rules: What is let pass.
         flat: Take the top level as it is, as it was saved with `flatten_state_dict=False`.
         verify: Hold items against their hashes.
-        source: Where the bytes come from; the disk if left out.
+        sources: Where bytes may come from besides the disk.
 
     Returns:
         What was loaded and what was not.
@@ -56,22 +58,30 @@ def load_into(
         StorageError: Bytes are missing or wrong; what the state dict's tensors hold now is undefined.
     """
     begun, phases = time.perf_counter(), Phases("load", path)
-    source = source or Disk()
     state = state_of(state_dict)
-    # It would look at every tensor again and again: 100,000 took three times as long to plan. One look beside the
-    # readers keeps them all waiting for the interpreter: 110 ms, three times as long as 350 MB took to copy.
-    with collector_paused():
-        index = read_index(path)
+
+    def attempt(directory: CheckpointDirectory, sources: Sources) -> _Attempt:
+        index = read_index(path, opener=directory.open)
         leaves = top_level(state) if flat else _leaves_of(state, index)
         found = match(path, index, leaves, rules=rules)
         _materialise(state, leaves, found.names)
-        index = with_places(path, index, found.rows)
-        plan = LoadPlanner(path, index, verify=verify).plan(leaves, found)
-        phases.end("plan")
-        count = read_all(plan.reads, source=source)
+        index = with_places(path, index, found.rows, opener=directory.open)
+
+        def plan() -> LoadPlan:
+            made = LoadPlanner(path, index, verify=verify).plan(leaves, found)
+            phases.end("plan")
+            return made
+
+        return _Attempt(leaves, found, bring(plan, index, Disk(directory.open), sources))
+
+    # It would look at every tensor again and again: 100,000 took three times as long to plan. One look beside the
+    # readers keeps them all waiting for the interpreter: 110 ms, three times as long as 350 MB took to copy.
+    with collector_paused():
+        done = of_one_save(path, sources, attempt)
+    found, count = done.found, done.brought.count
     phases.end("read", nbytes=count.read_bytes)
-    for name, data in plan.objects.items():
-        set_leaf(state, leaves[name][0], object_from(data))
+    for name, data in done.brought.plan.objects.items():
+        set_leaf(state, done.leaves[name][0], object_from(data))
     for key, value in state_dict.items():
         if isinstance(value, Stateful):
             value.load_state_dict(state[key])
@@ -86,11 +96,20 @@ def load_into(
         mismatched=tuple(found.mismatched),
         converted=tuple(found.converted),
         absent_optimizer_state=tuple(found.absent_optimizer_state),
-        source=source.name,
+        source=done.brought.source,
         needed_bytes=count.wanted_bytes,
         read_bytes=count.read_bytes,
         seconds=time.perf_counter() - begun,
     )
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What one look at the checkpoint has brought."""
+
+    leaves: Leaves
+    found: Match
+    brought: Brought
 
 
 def _leaves_of(state: dict[str, Any], index: Index) -> dict[str, tuple[Path, Any]]:

@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 
 from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.directory import Opener
 from ckptd.staging.dtypes import DTYPES, OBJECT, by_code
 
 # Looking for a place costs two short reads; a record that is shorter is rather read as a whole.
@@ -38,13 +39,14 @@ _MAX32: Final = 0xFFFFFFFF
 _STORAGES: Final = {dtype.storage: dtype.name for dtype in DTYPES if dtype.storage is not None}
 
 
-def with_places(path: str, index: Index, names: Iterable[int]) -> Index:
+def with_places(path: str, index: Index, names: Iterable[int], *, opener: Opener | None = None) -> Index:
     """Return an index that tells the places of large tensors, where it told only those of their records.
 
     Args:
         path: Directory of the checkpoint.
         index: Of any checkpoint.
         names: Rows of the names that will be read.
+        opener: How files are opened; by path if left out.
     """
     wanted = np.zeros(len(index.names), np.bool_)
     wanted[list(names)] = True
@@ -55,17 +57,18 @@ def with_places(path: str, index: Index, names: Iterable[int]) -> Index:
     data_offset, data_bytes = index.data_offset.copy(), index.data_bytes.copy()
     for file in np.unique(index.item_file[items]).tolist():
         mine = items[index.item_file[items] == file].tolist()
-        for item, place in zip(mine, _look(os.path.join(path, index.files[file]), index, mine), strict=True):
+        places = _look(os.path.join(path, index.files[file]), index, mine, opener)
+        for item, place in zip(mine, places, strict=True):
             if place is not None:
                 data_offset[item], data_bytes[item] = place
     return dataclasses.replace(index, data_offset=data_offset, data_bytes=data_bytes)
 
 
-def _look(path: str, index: Index, items: Sequence[int]) -> list[tuple[int, int] | None]:
+def _look(path: str, index: Index, items: Sequence[int], opener: Opener | None) -> list[tuple[int, int] | None]:
     """Return offset and length of the values of each item in a file, or None."""
     places = [(int(index.record_offset[item]), int(index.record_bytes[item])) for item in items]
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = (opener or os.open)(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return [None] * len(items)  # the reads to come tell what is wrong with it
     try:

@@ -53,7 +53,7 @@ class LoadReport:
         converted: Keys that were loaded and converted to the state dict's dtype.
         absent_optimizer_state: Entries of parameters for which the checkpoint holds no optimizer state at all, as
             those have that were frozen or never stepped; left as they were.
-        source: ``"disk"``, ``"memory"`` or ``"node cache"``; ``read_bytes`` are from disk even then.
+        source: ``"disk"``, ``"memory"`` or ``"node cache"``; of the last, too, ``read_bytes`` are from disk.
         needed_bytes: What had to come from the checkpoint.
         read_bytes: What was brought for that, gaps between ranges and rounding to blocks included; the index not.
         seconds: From the call to its end.

@@ -27,6 +27,7 @@ from ckptd.client.fallback import Wanted, candidates_at, load_newest_good
 from ckptd.client.load import load_into
 from ckptd.client.load_generic import load_with
 from ckptd.client.load_match import LoadRules
+from ckptd.client.load_sources import Sources
 from ckptd.client.logging_handlers import Phases
 from ckptd.client.nodecache import cache_of
 from ckptd.client.sessions import live_session
@@ -57,6 +58,7 @@ def load(
 
     The arguments are those of `torch.distributed.checkpoint.load`, and four more. Ranks read what they need each for
     itself: no collective runs, so ``process_group`` and ``no_dist`` matter only to planners and readers of your own.
+    A job's last save is read from shared memory, as long as a daemon of this node still holds it.
 
     Args:
         state_dict: Tensors are filled in place, objects replaced, `Stateful` values given their state.
@@ -84,7 +86,7 @@ def load(
         MissingKeys, Mismatch: The state dict does not fit the checkpoint; no byte was read and nothing changed.
         WrongBits, TruncatedFile, MissingFile: The checkpoint is damaged; load another one.
         NoGoodCheckpoint: With ``fallback``, all checkpoints there are damaged.
-        Unsupported: The arguments do not go together.
+        Unsupported: The arguments do not go together, or others save into the checkpoint all the while.
 
         All but the last are a `CheckpointException` too, as torch's errors are.
     """
@@ -100,7 +102,8 @@ def load(
 
         def load_one(path: str) -> LoadReport:
             with reading(path), Phases("load", path), cache_of(session) as cache:  # the second tells of a failure
-                return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, source=cache)
+                sources = Sources.of(path, session, cache)
+                return load_into(state_dict, path, rules=rules, flat=flat, verify=verify, sources=sources)
 
         if not fallback:
             return load_one(path)

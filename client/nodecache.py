@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import itertools
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from ckptd.checkpoint.columns import Int64
-from ckptd.checkpoint.read_files import Disk, Source, SourceFile, memory_at
+from ckptd.checkpoint.read_files import Disk, SourceFile, memory_at
 from ckptd.protocol.cache_messages import (
     CacheAnswer,
     CacheBegun,
@@ -78,7 +77,7 @@ class NodeCache:
 
     Args:
         line: The line to the daemon; its answers are given to :meth:`take`, its end to :meth:`fail`.
-        source: Where bytes come from that no other rank has read.
+        source: Where bytes come from that no other rank has read; see :meth:`over`.
         answer_s: How long to wait for the daemon, in seconds.
     """
 
@@ -88,7 +87,7 @@ class NodeCache:
         self,
         line: Line,
         *,
-        source: Source | None = None,
+        source: Disk | None = None,
         answer_s: float = _ANSWER_S,
     ) -> None:
         self._line, self._source, self._answer_s = line, source or Disk(), answer_s
@@ -101,10 +100,16 @@ class NodeCache:
 
     def open(self, path: str, ranges: Sequence[tuple[int, int]]) -> SourceFile:
         """Open a file; see :class:`ckptd.checkpoint.read_files.Source`."""
-        file = CachedFile(self, self._source.open(path, ranges), _identity(path), ranges)
+        disk = self._source.open(path, ranges)
+        file = CachedFile(self, disk, disk.identity, ranges)
         with self._lock:
             self._files.append(file)
         return file
+
+    def over(self, disk: Disk) -> NodeCache:
+        """Read from another disk what no other rank has read; before any file is opened."""
+        self._source = disk
+        return self
 
     # --- for its files -----------------------------------------------------------------------------------------------
 
@@ -292,12 +297,6 @@ def cache_of(session: Session | None) -> Iterator[NodeCache | None]:
 
 def _in_one_frame(begin: int, end: int, frame_bytes: int) -> bool:
     return begin < end and begin // frame_bytes == (end - 1) // frame_bytes
-
-
-def _identity(path: str) -> str:
-    """Return what names the bytes of a file: published files are never written into, only replaced."""
-    stat = os.stat(path)
-    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

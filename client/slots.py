@@ -47,6 +47,11 @@ class Slot:
         """Write the state where the daemon sees it."""
         self.arena.set_state(self.number, state, sequence=sequence, seal=seal)
 
+    def end_retention(self) -> None:
+        """Say that the slot holds no committed image any more, before a byte of it changes: loads may be reading it."""
+        if self.arena.state(self.number) is SlotState.RETAINED:
+            self.set_state(SlotState.FREE)
+
     def seal(self, seal: bytes, *, sequence: int) -> None:
         """Give the slot to the daemon; the seal stands in its control area, too."""
         self.set_state(SlotState.SEALED, sequence=sequence, seal=seal)
@@ -112,6 +117,7 @@ class Slots:
                 slot = min((slot for slot in self._slots if slot.free), key=lambda slot: slot.freed_at, default=None)
                 if slot is not None:
                     slot.free = False
+                    slot.end_retention()
                     return slot
                 waited_s = time.monotonic() - begun
                 if on_busy == "skip":

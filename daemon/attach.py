@@ -34,6 +34,7 @@ from ckptd.protocol.messages import (
     Refused,
     Resume,
 )
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,12 @@ class Host(Protocol):
 
     async def open_cache(self, session: Session, request: OpenCache) -> tuple[CacheOpened, int]:
         """Let the session use the node's cache; return its segment's descriptor, too. Raises CkptdError."""
+
+    def open_retained(self, peer: Peer, request: OpenRetained) -> tuple[RetainedOpened, list[int]]:
+        """Find a save in memory; return its images' descriptors, too, which are the caller's to close."""
+
+    def retained_closed(self, message: RetainedClosed) -> None:
+        """A load from memory is over, for the metrics."""
 
     async def drain(self, peer: Peer, timeout_s: float) -> Drained:
         """Take nothing new and wait for what is sealed. Raises Forbidden."""
@@ -95,6 +102,7 @@ class _AttachedPeer:
         self._peer = Peer(pid, uid, gid, started_ticks(pid))
         self._session: Session | None = None
         self._attachment = 0
+        self._retained_opened = False
 
     async def run(self) -> None:
         """Serve the peer until it goes."""
@@ -212,13 +220,26 @@ class _AttachedPeer:
             case OpenCache() if self._session is not None:
                 cache, descriptor = await self._host.open_cache(self._session, request)
                 self._send(cache, [descriptor])
+            case OpenRetained():
+                self._send_retained(*self._host.open_retained(self._peer, request))
+            case RetainedClosed() if self._retained_opened:
+                self._retained_opened = False
+                self._host.retained_closed(request)
             case Drain() if self._session is None:
                 self._send(await self._host.drain(self._peer, request.timeout_s))
             case _:
                 raise BadMessage("an attach message out of turn")
 
+    def _send_retained(self, opened: RetainedOpened, descriptors: list[int]) -> None:
+        self._retained_opened = bool(opened.images)
+        try:
+            self._send(opened, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
     def _send(self, reply: AttachReply, descriptors: list[int] | None = None) -> None:
-        """Send a frame of a few hundred bytes, which a fresh socket buffer always takes."""
+        """Send a frame of some kilobytes at most, which a fresh socket buffer always takes."""
         frame = messages.encode(reply)
         try:
             socket.send_fds(self._connection, [FRAME_LENGTH.pack(len(frame)) + frame], descriptors or [])

@@ -85,7 +85,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     retain_s: Retention = 600.0
     """Seconds for which the last commit of a job whose trainers have ended is kept in shared memory, from which a
-    restarted trainer loads it; 0: not at all. It is given up earlier if the memory is needed."""
+    restarted trainer loads it. It is given up earlier if the memory is needed. 0: nobody loads from shared memory."""
 
     orphan_timeout_s: Seconds = 3600.0
     """Seconds after which shared memory is reclaimed that no daemon knows and no live process uses."""

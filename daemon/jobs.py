@@ -305,4 +305,15 @@ class Job:
             "sessions": [session.status() for session in sessions],
             "generations": self.saves.status(),
             "retention": self.retention.status(),
+            "retained": self._retained_status(),
+        }
+
+    def _retained_status(self) -> dict[str, object] | None:
+        retained = self.saves.outcomes.retained
+        if retained is None:
+            return None
+        return {
+            "save_id": retained.save_id,
+            "checkpoint_id": retained.rules.checkpoint_id,
+            "bytes": sum(seal.message.image_bytes for seal in retained.seals.values()),
         }

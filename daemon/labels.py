@@ -24,6 +24,7 @@ Kind = Literal["request", "capacity", "storage", "plan", "lifecycle", "internal"
 Reason = Literal["garbage", "token", "protocol", "uid", "stale"]
 Refusal = Literal["host", "token", "malformed", "streams", "crowd", "slow"]
 SlotState = Literal["free", "staging", "sealed", "persisting"]
+Memory = Literal["absent", "served", "overwritten", "damaged"]  # what a load found of a save in memory
 Role = Literal["daemon", "worker"]
 Volume = Literal["shm", "checkpoints"]
 

@@ -22,7 +22,7 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPEN
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
 from ckptd.daemon.gauges import Gauges, Live
-from ckptd.daemon.labels import Kind, Outcome, Phase, Reason, Refusal, failure_kind
+from ckptd.daemon.labels import Kind, Memory, Outcome, Phase, Reason, Refusal, failure_kind
 from ckptd.protocol.errors import CkptdError
 
 __all__ = ["CONTENT_TYPE", "OPEN_CONTENT_TYPE", "Live", "Metrics", "Reason"]
@@ -68,6 +68,11 @@ class Metrics:
         self._restarts = self._counter("ckptd_worker_restarts", "Dead workers that were replaced.")
         self._retries = self._counter("ckptd_work_retries", "Tasks of dead workers that were begun anew.")
         self._cached = self._counter("ckptd_node_cache_served_bytes", "Bytes that loads took from another rank's read.")
+        self._restored = self._counter(
+            "ckptd_memory_served_bytes", "Bytes that loads took from a save still in memory."
+        )
+        restores = self._counter("ckptd_memory_loads", "Loads that asked for a save still in memory.", "memory")
+        self._restores = {name: restores.labels(name) for name in get_args(Memory)}
         self._removed = self._counter("ckptd_removed_checkpoints", "Checkpoints that retention removed.")
         self._write_retries = self._counter("ckptd_write_retries", "Images written again after a transient error.")
         saves = self._counter("ckptd_saves", "Saves that came to an end, by outcome.", "outcome")
@@ -116,6 +121,17 @@ class Metrics:
     def served_from_cache(self, nbytes: int) -> None:
         """Count bytes that a rank was told to copy from the node cache instead of reading them."""
         self._cached.inc(nbytes)
+
+    def loaded_from_memory(self, memory: Memory, nbytes: int) -> None:
+        """Count a load that asked for a save in memory: none there, served, or read again from the disk.
+
+        Args:
+            memory: What it found there.
+            nbytes: What it read from there, in bytes.
+        """
+        self._restores[memory].inc()
+        if memory == "served":
+            self._restored.inc(nbytes)
 
     def committed(self, nbytes: int, seconds: float, *, now: float, save_id: str = "") -> None:
         """Count a published checkpoint.

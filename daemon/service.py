@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -28,11 +27,12 @@ from ckptd.daemon.http import HttpServer, Limits, start_http
 from ckptd.daemon.job_log import JobLog
 from ckptd.daemon.jobs import Job, Owner
 from ckptd.daemon.journal import Journal
+from ckptd.daemon.listening import listen, write_text
 from ckptd.daemon.live import Observer, room_status
 from ckptd.daemon.managed import Managed, on_hangup
 from ckptd.daemon.metrics import Live, Metrics, Reason
-from ckptd.daemon.notify import is_listened_on
 from ckptd.daemon.records import ArenaRecord
+from ckptd.daemon.retained import open_images
 from ckptd.daemon.router import Router
 from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
 from ckptd.daemon.volumes import VolumeWatch
@@ -57,6 +57,7 @@ from ckptd.protocol.messages import (
     Sealed,
 )
 from ckptd.protocol.paths import attach_socket, http_address_file, http_token_file, message_endpoint
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
 from ckptd.protocol.retention_messages import Retain
 from ckptd.protocol.wave_messages import WaveSealed
 from ckptd.staging.arena import arena_bytes, create_arena, discard_pages
@@ -135,7 +136,7 @@ class Daemon:
             self._http_address = http.address
             self._volumes.start()
             self._adopt()
-            _write_text(http_address_file(self._place.runtime), http.address + "\n")
+            write_text(http_address_file(self._place.runtime), http.address + "\n")
             attaching = asyncio.create_task(serve_attach(listener, self))
             routing = asyncio.create_task(self._router.run())
             ticking = asyncio.create_task(self._tick_for_ever())
@@ -164,13 +165,13 @@ class Daemon:
         server = await start_http(self._place.http, self, self.metrics, access=access, limits=limits)
         if access.token is not None:
             # For `ckptd status`, which is ours if it can read this.
-            _write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
+            write_text(http_token_file(self._place.runtime), access.token + "\n", mode=0o600)
         return server
 
     def _take_listener(self, path: str, *, everyone: bool) -> socket.socket:
         """Return the attach socket: the service manager's, or one of our own."""
         try:
-            return self._manager.listener(path) or _listen(path, everyone=everyone)
+            return self._manager.listener(path) or listen(path, everyone=everyone)
         except errors.CkptdError:
             self._journal.close()
             with contextlib.suppress(OSError):  # something for our successor lies there
@@ -380,6 +381,20 @@ class Daemon:
         """Let a session use its job's node cache."""
         return await self._job_of[session].cache.open(session, request.wanted_bytes)
 
+    def open_retained(self, peer: Peer, request: OpenRetained) -> tuple[RetainedOpened, list[int]]:
+        """Find the save that a load asks for in memory."""
+        jobs = self._all_jobs() if self._config.retain_s else []
+        opened, descriptors = open_images(jobs, peer, request)
+        if opened.images:
+            logger.info("pid %d loads %s from memory", peer.pid, request.checkpoint_id)
+        else:
+            self.metrics.loaded_from_memory("absent", 0)
+        return opened, descriptors
+
+    def retained_closed(self, message: RetainedClosed) -> None:
+        """A load from memory is over."""
+        self.metrics.loaded_from_memory(message.outcome, message.read_bytes)
+
     async def drain(self, peer: Peer, timeout_s: float) -> Drained:
         """Take nothing new from now on, and finish what is sealed; only the daemon's own user and root may ask."""
         if peer.uid not in (0, os.geteuid()):
@@ -465,28 +480,3 @@ class Daemon:
 
     def _live(self) -> Live:
         return self._observer.observe(self._all_jobs(), self._sessions.values(), self._http)
-
-
-def _listen(path: str, *, everyone: bool) -> socket.socket:
-    if is_listened_on(path):  # the lock is ours, so it is no daemon but a service manager: stop its socket first
-        raise errors.SystemCallFailed("bind", path, errno.EADDRINUSE)
-    if os.path.lexists(path):
-        os.unlink(path)  # a dead daemon's
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o666 if everyone else 0o600)
-        listener.listen(socket.SOMAXCONN)
-    except OSError as error:
-        listener.close()
-        raise errors.SystemCallFailed("bind", path, error.errno or 0) from None
-    listener.setblocking(False)
-    return listener
-
-
-def _write_text(path: str, text: str, *, mode: int = 0o666) -> None:
-    temporary = f"{path}.{os.getpid()}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)

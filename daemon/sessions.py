@@ -5,6 +5,7 @@ Invariant: a session's token opens the slots of this session's arenas and no oth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import secrets
@@ -159,7 +160,8 @@ class Session:
         arena = self.arenas.pop(number, None)
         if arena is not None:
             os.close(arena.descriptor)
-            os.unlink(arena.path)
+            with contextlib.suppress(FileNotFoundError):  # its client removed it, for want of a daemon
+                os.unlink(arena.path)
 
 
 def identity_of(peer: Peer) -> Identity | None:

@@ -268,6 +268,19 @@ _DAEMON_PANELS: Final = (
         "short",
     ),
     Panel(
+        "Loads of a save still in memory",
+        "Within the window: what they found there. The overwritten and the damaged were read again from the disk.",
+        (Query(f"sum by (memory) (increase(ckptd_memory_loads_total{_ONE}[$window]))", "{{memory}}"),),
+        "short",
+        stacked=True,
+    ),
+    Panel(
+        "Bytes loaded from memory",
+        "That no disk was asked for.",
+        (Query(f"rate(ckptd_memory_served_bytes_total{_ONE}[$__rate_interval])", "from a save in memory"),),
+        "Bps",
+    ),
+    Panel(
         "Room",
         "Free bytes of the fullest volume in use, and of the node's memory.",
         (

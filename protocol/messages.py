@@ -5,7 +5,7 @@ misread a message. :class:`Attach` keeps its first field for ever, so that any t
 
 Three conversations:
     attach socket   Attach, Resume, OpenArena, OpenCache, Drain -> Attached, ArenaOpened, CacheOpened, Drained, Refused
-                    (Unix socket: credentials, descriptors)
+                    (Unix socket: credentials, descriptors; see :mod:`ckptd.protocol.retained`, too)
     message socket  Heartbeat ... Detach -> Echo ... Fenced                  (ZeroMQ; frames: token, body)
     worker socket   PlanTask ... DiscardTask -> PlanDone ... TaskFailed      (socket pair, length-prefixed)
 """
@@ -28,6 +28,7 @@ from ckptd.protocol.cache_messages import (
     OpenCache,
 )
 from ckptd.protocol.errors import BadMessage, ErrorReport
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
 from ckptd.protocol.retention_messages import Keep, Retain, RetainDone, RetainTask, UserText
 from ckptd.protocol.wave_messages import FinishWavesTask, WaveSealed, WaveWritten, WriteWaveTask
 from ckptd.protocol.wire import Count, Hash, Message, Name, NBytes, Rank, Seconds, Sequence
@@ -353,8 +354,8 @@ class TaskFailed(Message, frozen=True, tag="task_failed"):
     error: ErrorReport
 
 
-AttachRequest = Attach | Resume | OpenArena | OpenCache | Drain
-AttachReply = Attached | ArenaOpened | CacheOpened | Drained | Refused
+AttachRequest = Attach | Resume | OpenArena | OpenCache | OpenRetained | RetainedClosed | Drain
+AttachReply = Attached | ArenaOpened | CacheOpened | RetainedOpened | Drained | Refused
 CacheMessage = CacheWants | CacheBegun | CacheSkipped | CacheClaim | CacheDone | CacheLeft
 ClientMessage = Heartbeat | Propose | Sealed | WaveSealed | Retain | GaveUp | Detach | CacheMessage
 DaemonMessage = Echo | Assigned | Progress | SlotFreed | Committed | Aborted | Fenced | CacheAnswer

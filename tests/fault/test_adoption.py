@@ -285,3 +285,19 @@ def test_a_sealed_save_whose_memory_is_gone_fails_and_says_so(start_daemon, trai
     assert ".arena" in failed["error"]
     assert trainer.get("outcome(future)") != "committed"
     assert not (tmp_path / "b").exists()
+
+
+def test_an_arena_that_its_trainer_removed_for_want_of_a_daemon_is_not_missed(start_daemon, trainers, tmp_path):
+    daemon = start_daemon(retain_s=60.0)
+    trainer = trainers.start()
+    trainer.do("session = dcp.connect()\ndcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
+    kill_all(daemon)
+    wait_until(lambda: trainer.get("session._link.resuming"), "the trainer's notice")
+    successor = start_daemon(retain_s=60.0)
+    [arena] = successor.runtime.arenas.rglob("*.arena")
+    arena.unlink()  # as the trainer does if it ends just before its daemon's successor has begun
+    trainer.do("session.close()")
+    late = trainers.start()
+    late.do("dcp.save(state(value=2.0), checkpoint_id=path)", path=str(tmp_path / "a"))
+    assert_holds(tmp_path / "a", value=2.0)
+    daemon.runtime.daemon_was_killed = False  # and no bug is in the log

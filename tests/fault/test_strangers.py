@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 from support.clients import assert_holds
+from support.memory import ABSENT, SERVED
 from support.mounts import need_root
 from support.processes import stopped
 from support.trainers import TrainerRaised
@@ -16,6 +17,7 @@ from support.waiting import wait_until
 
 from ckptd.protocol import messages
 from ckptd.protocol.messages import PROTOCOL_VERSION, Attach, Fenced, Heartbeat, Refused
+from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedOpened
 
 NOBODY = 65534
 
@@ -189,3 +191,16 @@ def test_arenas_are_for_their_owner_alone(daemon, trainers, tmp_path):
     assert {arena.stat().st_mode & 0o777 for arena in arenas} == {0o600}
     assert {arena.parent.stat().st_mode & 0o777 for arena in arenas} == {0o700}
     wait_until(lambda: daemon.metric("ckptd_sessions") == 1, "one session")
+
+
+def test_a_load_that_was_never_begun_cannot_end_and_is_not_counted(daemon):
+    with attach_connection(daemon) as connection:
+        nothing = ask(connection, messages.encode(OpenRetained(PROTOCOL_VERSION, "/runs/7", "no such save")))
+        assert nothing == RetainedOpened([])
+        answer = ask(connection, messages.encode(RetainedClosed(PROTOCOL_VERSION, "served", 2**60)))
+        assert isinstance(answer, Refused)
+    assert daemon.metric(SERVED) == 0
+    assert daemon.metric(ABSENT) == 1
+    with attach_connection(daemon) as connection:
+        answer = ask(connection, messages.encode(OpenRetained(PROTOCOL_VERSION + 1, "/runs/7", "save")))
+        assert answer.error.code == "protocol_mismatch"

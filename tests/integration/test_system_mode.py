@@ -9,6 +9,7 @@ import psutil
 import pytest
 from support.clients import assert_holds
 from support.managed import names, write_managed
+from support.memory import ABSENT, LOAD, SERVED, VALUES, values
 from support.mounts import need_root
 from support.trainers import Nursery, Trainers
 from support.users import NOBODY, open_interpreter
@@ -77,6 +78,24 @@ def test_users_jobs_of_one_name_are_two_jobs(system_daemon, user, trainers, user
     assert sorted(job["uid"] for job in system_daemon.status()["jobs"]) == [0, NOBODY]
     assert_holds(users_folder / "theirs" / "a", value=1.0)
     assert_holds(tmp_path / "a", value=2.0)
+
+
+def test_a_save_in_memory_is_its_own_users_alone(runtime, users_folder, start_daemon, trainers, tmp_path):
+    Path(runtime.path).chmod(0o755)
+    prefix = open_interpreter(tmp_path)
+    daemon = start_daemon(mode="system", prefix=prefix, retain_s=600.0)
+    nursery = Nursery(prefix)
+    users = Trainers(nursery, runtime)
+    path = users_folder / "theirs" / "a"
+    users.start(uid=NOBODY).do("dcp.save(state(value=2.0), checkpoint_id=path)", path=str(path))
+    (users_folder / "theirs").chmod(0o755)
+    others = trainers.start()
+    for trainer, source in ((others, "disk"), (users.start(uid=NOBODY), "memory")):
+        trainer.do(LOAD, mib=1, path=str(path))
+        assert trainer.get(VALUES) == values(source, 2.0)
+    assert (daemon.metric(ABSENT), daemon.metric(SERVED)) == (1, 1)
+    users.close()
+    nursery.close()
 
 
 def test_retention_runs_as_the_user_who_asks_for_it(system_daemon, user, users_folder):

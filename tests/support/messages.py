@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptd.protocol import messages as m
+from ckptd.protocol import retained
 from ckptd.protocol import retention_messages as r
 from ckptd.protocol import wave_messages as w
 from ckptd.protocol.errors import DiskFull
@@ -16,12 +17,15 @@ SAMPLES = {
         m.Resume(2, b"token", "job", 3),
         m.OpenArena(2, 8192),
         m.OpenCache(7),
+        retained.OpenRetained(2, "/runs/7", "save"),
+        retained.RetainedClosed(2, "served", 8192),
         m.Drain(2, 2.5),
     ],
     m.decode_attach_reply: [
         m.Attached(b"token", "ipc:///x", 3, 1.0, 5.0, 4711, "0.1.0", "name"),
         m.ArenaOpened(1, 2, 8192),
         m.CacheOpened(64, 4 << 20),
+        retained.RetainedOpened([retained.RetainedImage("__0_0.distcp", 1, 7, 8192, 4096)]),
         m.Drained(2, 4711),
         m.Refused(ERROR),
     ],

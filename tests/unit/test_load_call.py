@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 
 import pytest
@@ -14,11 +13,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckptd.checkpoint.storage.filesystem import FileSystemReader as OurReader
-from ckptd.client import loader
+from ckptd.client import load_sources, loader
 from ckptd.client.loader import load, load_state_dict
 from ckptd.protocol.errors import Mismatch, MissingKeys, UnknownCheckpoint, Unsupported, WrongBits
-
-load_module = importlib.import_module("ckptd.client.load")  # the package calls its function so
 
 
 @pytest.fixture
@@ -166,10 +163,13 @@ def test_the_deprecated_name_warns_and_loads(checkpoint):
     assert state["epoch"] == 7
 
 
-def test_the_collector_rests_while_readers_work(checkpoint, monkeypatch):
+def test_the_collector_rests_while_a_load_is_planned_and_readers_work(checkpoint, monkeypatch):
     resting = []
-    real = load_module.read_all
-    monkeypatch.setattr(load_module, "read_all", lambda *a, **k: (resting.append(not gc.isenabled()), real(*a, **k))[1])
+    for where, name in ((load_sources.LoadPlan, "__init__"), (load_sources, "read_all")):
+        real = getattr(where, name)
+        monkeypatch.setattr(
+            where, name, lambda *a, _real=real, **k: (resting.append(not gc.isenabled()), _real(*a, **k))[1]
+        )
     load({}, checkpoint_id=checkpoint)
-    assert resting == [True]
+    assert resting == [True, True]
     assert gc.isenabled()

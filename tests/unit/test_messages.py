@@ -10,11 +10,11 @@ from ckptd.protocol.errors import BadMessage
 from ckptd.protocol.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
-    Message,
     decode_attach_version,
     decode_client_message,
     encode,
 )
+from ckptd.protocol.wire import Message
 
 msgpack = msgspec.msgpack.encode
 

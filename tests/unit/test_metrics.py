@@ -5,7 +5,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptd import __version__
-from ckptd.daemon.labels import Kind, Outcome, Phase, Reason, Refusal, Role, SlotState, Volume, failure_kind
+from ckptd.daemon.labels import Kind, Memory, Outcome, Phase, Reason, Refusal, Role, SlotState, Volume, failure_kind
 from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.daemon.usage import Usage
 from ckptd.daemon.volumes import Room
@@ -24,7 +24,7 @@ from ckptd.protocol.errors import (
 # Base units, and for counts the noun that is counted.
 UNITS = {"seconds", "bytes", "info"} | {
     *("slots", "images", "sessions", "workers", "saves", "failures", "restarts", "messages", "retries", "checkpoints"),
-    *("requests", "connections", "streams", "descriptors", "ratio"),
+    *("requests", "connections", "streams", "descriptors", "ratio", "loads"),
     *("progress", "second"),  # saves in progress; bytes per second
 }
 LABELS = {
@@ -35,6 +35,7 @@ LABELS = {
     "role": set(get_args(Role)),
     "volume": set(get_args(Volume)),
     "state": set(get_args(SlotState)),
+    "memory": set(get_args(Memory)),
 }
 
 
@@ -69,7 +70,7 @@ def daemon():
 
 def test_every_metric_has_a_help_text_and_a_name_that_ends_in_a_unit(daemon):
     families = daemon.families()
-    assert len(families) == 42
+    assert len(families) == 44
     for name, family in families.items():
         assert name.startswith("ckptd_")
         assert family.documentation.endswith(".")
@@ -160,6 +161,8 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     metrics.refused("host")
     metrics.observe_interval(60.0)
     metrics.rejected("uid")
+    for memory, nbytes in (("served", 9), ("served", 10), ("overwritten", 5), ("absent", 0)):
+        metrics.loaded_from_memory(memory, nbytes)
     samples = daemon.samples()
     assert samples["ckptd_phase_seconds_sum", "fsync"] == 0.5
     assert samples["ckptd_phase_seconds_count", "write"] == 0
@@ -173,6 +176,8 @@ def test_the_other_counters_count_what_they_are_told(daemon):
     assert samples["ckptd_refused_http_requests_total", "host"] == 1
     assert samples["ckptd_save_interval_seconds_sum",] == 60
     assert samples["ckptd_rejected_messages_total", "stale"] == 0
+    assert samples["ckptd_memory_served_bytes_total",] == 19
+    assert [samples["ckptd_memory_loads_total", memory] for memory in get_args(Memory)] == [1, 2, 1, 0]
 
 
 def test_what_was_never_measured_has_no_series(daemon):

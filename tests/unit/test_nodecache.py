@@ -117,6 +117,8 @@ class Disk:
         self.content, self.read_bytes, self.cached = content, 0, False
 
     def open(self, path, ranges):
+        stat = os.stat(path)
+        self.identity = f"{stat.st_dev}:{stat.st_ino}"
         return self
 
     def fill(self, begin, targets):

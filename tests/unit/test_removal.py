@@ -63,6 +63,12 @@ def test_readers_do_not_hold_each_other(three, monkeypatch):
         assert lock_for_removal(str(three / "step-1")) is None
 
 
+def test_a_pipe_in_place_of_the_index_keeps_no_reader_waiting(tmp_path):
+    os.mkfifo(tmp_path / ".ckptd")
+    with reading(str(tmp_path)):
+        assert lock_for_removal(str(tmp_path)) is None
+
+
 def test_a_reader_that_ended_holds_nothing(three):
     with reading(str(three / "step-1")):
         pass

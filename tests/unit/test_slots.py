@@ -172,6 +172,15 @@ class TestDressing:
         assert [(str(item.dtype), item.shape) for item in layout.placed] == [("None", ()), ("torch.bfloat16", (2, 4))]
 
 
+def test_a_slot_that_is_taken_holds_no_committed_image_from_then_on(opened):
+    slots, descriptor = opened
+    for number in range(2):
+        slots._arena.set_state(number, SlotState.RETAINED, sequence=5)
+    slot = take(slots)
+    assert read_slot(descriptor, slot.number)[0] is SlotState.FREE
+    assert read_slot(descriptor, 1 - slot.number) == (SlotState.RETAINED, 0, 5)
+
+
 def test_the_slot_that_is_free_for_the_longest_time_is_taken_next(slots):
     first, second = take(slots), take(slots)
     for slot in (second, first, second):
