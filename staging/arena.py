@@ -22,7 +22,6 @@ from enum import IntEnum
 from typing import Final
 
 from ckptd.protocol.errors import BadMessage, ShmTooSmall, SystemCallFailed
-from ckptd.staging.huge_pages import bring_into_huge_pages
 
 # O_DIRECT needs offset, length and address aligned to the device's logical block size; 4096 covers every NVMe format
 # in use. Source: open(2), NOTES, "O_DIRECT".
@@ -263,8 +262,7 @@ class ArenaView:
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def touch(self, *, threads: int = 2) -> None:
-        """Bring all pages into this process, as huge ones where the kernel can; see :func:`touch`."""
-        bring_into_huge_pages(self._descriptor, len(self.memory), threads=threads)
+        """Bring all pages into this process; see :func:`touch`."""
         touch(self.memory, threads=threads)
 
     def offset(self, slot: int) -> int:
