@@ -6,9 +6,11 @@ raise one of our errors. Anything else, a MemoryError too, is told with the seed
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -89,6 +91,7 @@ def _read_index():
     from ckptd.checkpoint.open import read_index
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def read(data):
         begin, _, end = data.partition(_BORDER)
