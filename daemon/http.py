@@ -29,6 +29,8 @@ from ckptd.protocol.errors import BadConfig, SystemCallFailed
 _CLOSE_S: Final = 1.0
 # Seconds for which a body that nobody asked for is read, so that its sender hears the answer before the end.
 _LINGER_S: Final = 0.2
+# Seconds by which aiohttp's own time-out follows ours: however late our sweep is on a busy machine, ours comes first.
+_AFTER_OURS_S: Final = 60.0
 
 _HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -148,7 +150,7 @@ async def start_http(
         access_log=None,
         logger=_request_logger(metrics),
         shutdown_timeout=_CLOSE_S,
-        keepalive_timeout=2 * limits.idle_s,
+        keepalive_timeout=limits.idle_s + _AFTER_OURS_S,
         lingering_time=_LINGER_S,
     )
     try:

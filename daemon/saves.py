@@ -397,9 +397,9 @@ class Saves:
         )  # fmt: skip
         self._crew.log.committed(generation)
         reach(CrashPoint.DAEMON_COMMIT_JOURNALED)
+        self._end(generation)  # before it is told: who hears of it may save at once, and needs the slot
         self._tell(generation, Committed(generation.sequence, generation.save_id, generation.metadata))
         reach(CrashPoint.DAEMON_COMMIT_TOLD)
-        self._end(generation)
         if (keep := generation.keep) is not None:
             self._crew.retention.request(os.path.dirname(generation.rules.checkpoint_id), keep)
 

@@ -66,6 +66,12 @@ def test_skip_leaves_the_save_out_and_says_so(daemon, client, tmp_path):
     assert daemon.metric('ckptd_saves_total{outcome="skipped"}') == 1
 
 
+def test_whoever_hears_of_a_commit_may_save_at_once(daemon, client, tmp_path):
+    client.connect(state(), slots=1, on_busy="fail")
+    for number in range(100):
+        client.async_save(state(), checkpoint_id=tmp_path / str(number % 2)).result(30)
+
+
 def test_wait_waits_until_a_slot_is_free(daemon, client, tmp_path):
     client.connect(state(), slots=1)
     futures = []
