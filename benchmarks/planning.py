@@ -32,14 +32,14 @@ from benchmarks.samples import FormatSample, PlanningResult, ReshardSample
 from benchmarks.shards import columns_of, is_loaded, save_as_ranks, shape_of
 from benchmarks.systems import Ckptd
 from ckptd.checkpoint.collector import collector_paused
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.index import decode_index, encode_index
-from ckptd.checkpoint.items import BALANCED, LocalPlan, decode_plan
-from ckptd.checkpoint.metadata_pickle import encode_metadata
-from ckptd.checkpoint.metadata_unpickle import decode_metadata
-from ckptd.checkpoint.plan import make_plan
-from ckptd.client.layout import make_rank_layout
-from ckptd.client.snapshot import make_local_plan, take_snapshot
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.index import decode_index, encode_index
+from ckptd.checkpoint.planning.items import BALANCED, LocalPlan, decode_plan
+from ckptd.checkpoint.planning.plan import make_plan
+from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
+from ckptd.checkpoint.stock.metadata_unpickle import decode_metadata
+from ckptd.client.saving.layout import make_rank_layout
+from ckptd.client.saving.snapshot import make_local_plan, take_snapshot
 from ckptd.staging.dtypes import by_name
 
 _LOCAL_ITEMS: Final = 10_000

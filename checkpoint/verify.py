@@ -19,21 +19,21 @@ from typing import Final
 import numpy as np
 import xxhash
 
-from ckptd.checkpoint.columns import Index, Int64
-from ckptd.checkpoint.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
+from ckptd.checkpoint.folder.locks import reading
+from ckptd.checkpoint.image.frame import METADATA_HASH, frame_hash, frame_hashes, frame_ranges
+from ckptd.checkpoint.indexing.columns import Index, Int64
+from ckptd.checkpoint.indexing.open import is_metadata_of, read_index
 from ckptd.checkpoint.names import METADATA_NAME
-from ckptd.checkpoint.open import is_metadata_of, read_index
-from ckptd.checkpoint.read import huge_buffer
-from ckptd.checkpoint.read_blocks import BLOCK_BYTES
-from ckptd.checkpoint.read_files import DiskFile
-from ckptd.checkpoint.reading import reading
-from ckptd.checkpoint.stock_records import WrongRecord, check_record
+from ckptd.checkpoint.reading.blocks import BLOCK_BYTES
+from ckptd.checkpoint.reading.files import DiskFile
+from ckptd.checkpoint.reading.read import huge_buffer
+from ckptd.checkpoint.stock.records import WrongRecord, check_record
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import CkptdError, MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
 # One read: large enough that its costs vanish beside its bytes. Smaller items are read together.
 READ_BYTES: Final = 8 << 20
-# Who hashes has nothing in the disk's queue; see READERS in ckptd.checkpoint.read.
+# Who hashes has nothing in the disk's queue; see READERS in ckptd.checkpoint.reading.read.
 THREADS: Final = 8
 
 

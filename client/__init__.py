@@ -75,16 +75,16 @@ from ckptd.checkpoint.storage.objects import FsspecReader, FsspecWriter
 from ckptd.client import logging_handlers, state_dict
 from ckptd.client.drain import DrainReport, drain
 from ckptd.client.failures import CheckpointException
-from ckptd.client.futures import SaveFuture, SaveProgress
-from ckptd.client.load_optimizer import load_sharded_optimizer_state_dict
-from ckptd.client.load_report import LoadReport, PassedOver
-from ckptd.client.loader import load, load_state_dict
-from ckptd.client.manager import CheckpointManager
-from ckptd.client.manager_options import CheckpointInfo, ManagerOptions, Restored
+from ckptd.client.loading.loader import load, load_state_dict
+from ckptd.client.loading.optimizer import load_sharded_optimizer_state_dict
+from ckptd.client.loading.report import LoadReport, PassedOver
+from ckptd.client.manager.manager import CheckpointManager
+from ckptd.client.manager.options import CheckpointInfo, ManagerOptions, Restored
 from ckptd.client.preemption import PreemptionHandler, install_preemption_handler
-from ckptd.client.saver import async_save, save, save_state_dict
-from ckptd.client.session import Session
-from ckptd.client.sessions import connect, wait_for_staging
+from ckptd.client.saving.futures import SaveFuture, SaveProgress
+from ckptd.client.saving.saver import async_save, save, save_state_dict
+from ckptd.client.session.session import Session
+from ckptd.client.session.sessions import connect, wait_for_staging
 from ckptd.protocol import errors
 from ckptd.protocol.errors import CkptdError
 

@@ -10,15 +10,15 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from ckptd.checkpoint.items import BALANCED, LOWEST_RANK
-from ckptd.checkpoint.metadata import to_metadata
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.planners.save import DefaultSavePlanner
 from ckptd.checkpoint.planners.settings import save_settings
+from ckptd.checkpoint.planning.items import BALANCED, LOWEST_RANK
+from ckptd.checkpoint.stock.metadata import to_metadata
 from ckptd.checkpoint.storage.filesystem import FileSystemWriter
 from ckptd.checkpoint.storage.select import as_ours, local_path, writer_for
-from ckptd.client.handover import HANDED_OVER, HandOver, metadata_told
-from ckptd.client.options import SaveRequest
+from ckptd.client.saving.handover import HANDED_OVER, HandOver, metadata_told
+from ckptd.client.session.options import SaveRequest
 from ckptd.protocol.errors import BadIndex, Unsupported
 from ckptd.protocol.messages import Committed
 from ckptd.protocol.retention_messages import Keep

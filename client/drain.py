@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from ckptd.client.futures import SaveFuture, open_saves
+from ckptd.client.saving.futures import SaveFuture, open_saves
 from ckptd.protocol.errors import CkptdError, Unsupported
 
 

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import msgspec
 
-from ckptd.client.exchange import Exchange, Place
 from ckptd.client.failures import USAGE, as_failure
-from ckptd.client.futures import SaveFuture, failed_save
+from ckptd.client.saving.futures import SaveFuture, failed_save
+from ckptd.client.session.exchange import Exchange, Place
 from ckptd.protocol.errors import CkptdError, ErrorReport, LifecycleError, Unsupported, from_report
 from ckptd.protocol.failing import ON_FAILURE, FailureRules, OnFailure, Pause, Raise
 from ckptd.protocol.transient import Backoff

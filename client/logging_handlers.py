@@ -1,8 +1,8 @@
 """Events of saves and loads, phase by phase, for whoever attaches a handler; and the names of the loggers.
 
-Every module logs under its own name, ``ckptd.client.session`` and so on, so that ``logging.getLogger("ckptd")`` governs
-all text. Events go to one logger of their own, :data:`EVENT_LOGGER_NAME`, which nobody hears by default: a record's
-``event`` attribute is an :class:`Event`, its message one line of text. The root logger is never touched.
+Every module logs under its own name, ``ckptd.client.session.session`` and so on, so that ``logging.getLogger("ckptd")``
+governs all text. Events go to one logger of their own, :data:`EVENT_LOGGER_NAME`, which nobody hears by default: a
+record's ``event`` attribute is an :class:`Event`, its message one line of text. The root logger is never touched.
 
     add_handler("mine", MyHandler())  # any logging.Handler; one of the same name is replaced
 

@@ -92,9 +92,9 @@ def install_preemption_handler(
 ) -> PreemptionHandler:
     """Have a signal announce that this process will be ended: managers then save at the next step boundary.
 
-    Install it on all ranks, and before making a :class:`~ckptd.client.manager.CheckpointManager`: ranks of a process
-    group then agree on the step, so that one signal to one of them is enough. A handler that was there before is called
-    after ours.
+    Install it on all ranks, and before making a :class:`~ckptd.client.manager.manager.CheckpointManager`: ranks of a
+    process group then agree on the step, so that one signal to one of them is enough. A handler that was there before
+    is called after ours.
 
     Args:
         signals: Which ones.

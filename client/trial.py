@@ -13,9 +13,9 @@ from typing import Final
 
 import torch
 
-from ckptd.client.loader import load
-from ckptd.client.saver import async_save
-from ckptd.client.sessions import close_all, connect
+from ckptd.client.loading.loader import load
+from ckptd.client.saving.saver import async_save
+from ckptd.client.session.sessions import close_all, connect
 from ckptd.protocol.errors import CkptdError
 
 _TENSORS: Final = 16

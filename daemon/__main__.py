@@ -10,10 +10,10 @@ import sys
 
 import uvloop
 
-from ckptd.daemon.config import Config, default_config_path, load_config
-from ckptd.daemon.connections import raise_descriptor_limit
-from ckptd.daemon.managed import log_formatter
+from ckptd.daemon.http.connections import raise_descriptor_limit
 from ckptd.daemon.service import Daemon, Mode, Place
+from ckptd.daemon.settings.config import Config, default_config_path, load_config
+from ckptd.daemon.systemd.managed import log_formatter
 from ckptd.protocol.errors import CkptdError
 from ckptd.protocol.paths import runtime_dir
 

@@ -16,26 +16,26 @@ from typing import Final, Literal
 
 from ckptd import __version__
 from ckptd.checkpoint.names import is_canonical
-from ckptd.daemon.admission import Admission
-from ckptd.daemon.adoption import adopt_jobs, import_journal, next_number
-from ckptd.daemon.attach import serve_attach
-from ckptd.daemon.config import Config
-from ckptd.daemon.crew import JobContext
-from ckptd.daemon.directories import Directories
-from ckptd.daemon.gate import load_access
-from ckptd.daemon.http import HttpServer, Limits, start_http
-from ckptd.daemon.job_log import JobLog
-from ckptd.daemon.jobs import Job, Owner
-from ckptd.daemon.journal import Journal
-from ckptd.daemon.listening import listen, write_text
-from ckptd.daemon.live import Observer, room_status
-from ckptd.daemon.managed import Managed, on_hangup
-from ckptd.daemon.metrics import Live, Metrics, Reason
-from ckptd.daemon.records import ArenaRecord
-from ckptd.daemon.retained import open_images
-from ckptd.daemon.router import Router
-from ckptd.daemon.sessions import ArenaFile, Peer, Session, identity_of
-from ckptd.daemon.volumes import VolumeWatch
+from ckptd.daemon.http.gate import load_access
+from ckptd.daemon.http.server import HttpServer, Limits, start_http
+from ckptd.daemon.job.crew import JobContext
+from ckptd.daemon.job.jobs import Job, Owner
+from ckptd.daemon.job.retained import open_images
+from ckptd.daemon.monitoring.live import Observer, room_status
+from ckptd.daemon.monitoring.metrics import Live, Metrics, Reason
+from ckptd.daemon.monitoring.volumes import VolumeWatch
+from ckptd.daemon.recovery.adoption import adopt_jobs, import_journal, next_number
+from ckptd.daemon.recovery.directories import Directories
+from ckptd.daemon.recovery.job_log import JobLog
+from ckptd.daemon.recovery.journal import Journal
+from ckptd.daemon.recovery.records import ArenaRecord
+from ckptd.daemon.session.admission import Admission
+from ckptd.daemon.session.attach import serve_attach
+from ckptd.daemon.session.listening import listen, write_text
+from ckptd.daemon.session.router import Router
+from ckptd.daemon.session.sessions import ArenaFile, Peer, Session, identity_of
+from ckptd.daemon.settings.config import Config
+from ckptd.daemon.systemd.managed import Managed, on_hangup
 from ckptd.protocol import errors
 from ckptd.protocol.cache_messages import (
     CacheOpened,

@@ -12,7 +12,7 @@ UserText = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 
 
 class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/retention.py."""
+    """Which checkpoints of a folder are kept: the union of what each rule keeps; see checkpoint/folder/retention.py."""
 
     last: Count | None = None  # the newest ones; None keeps all
     every_steps: NBytes = 0  # those whose step is a multiple; 0: no such rule

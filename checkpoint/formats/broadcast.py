@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckptd.checkpoint.chunks import chunks_of
 from ckptd.checkpoint.formats.objects import load_pickle
 from ckptd.checkpoint.planners.load import DefaultLoadPlanner
+from ckptd.checkpoint.planning.chunks import chunks_of
 from ckptd.protocol.errors import (
     BadFile,
     CkptdError,

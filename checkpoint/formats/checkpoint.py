@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.columns import Index
 from ckptd.checkpoint.formats.objects import load_pickle, object_value
 from ckptd.checkpoint.formats.record import StoredTensor, read_exactly, tensor_in_record
 from ckptd.checkpoint.formats.source import Box, Entry, Source
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import BadIndex, MissingFile, SystemCallFailed, Unsupported, WrongBits
 
@@ -25,7 +25,8 @@ class CheckpointSource(Source):
         path: The directory.
 
     Raises:
-        UnknownCheckpoint, BadIndex, Unsupported, SystemCallFailed: As :func:`ckptd.checkpoint.open.read_index` does.
+        UnknownCheckpoint, BadIndex, Unsupported, SystemCallFailed: As :func:`ckptd.checkpoint.indexing.open.read_index`
+        does.
     """
 
     def __init__(self, path: str) -> None:

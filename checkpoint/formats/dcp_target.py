@@ -17,15 +17,15 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ckptd import __version__
-from ckptd.checkpoint.commit import commit, prepare_directory
 from ckptd.checkpoint.formats.output import check_free, new_file
 from ckptd.checkpoint.formats.source import Box, Entry, Source
-from ckptd.checkpoint.items import LOWEST_RANK, LocalPlan
-from ckptd.checkpoint.layout import Layout, item_record
-from ckptd.checkpoint.leftovers import discard_save
+from ckptd.checkpoint.image.layout import Layout, item_record
 from ckptd.checkpoint.names import hidden_directory, image_name
-from ckptd.checkpoint.plan import JobPlan, make_plan
-from ckptd.checkpoint.planfile import RankRows, StoredPlan
+from ckptd.checkpoint.planning.items import LOWEST_RANK, LocalPlan
+from ckptd.checkpoint.planning.plan import JobPlan, make_plan
+from ckptd.checkpoint.planning.planfile import RankRows, StoredPlan
+from ckptd.checkpoint.publishing.commit import commit, prepare_directory
+from ckptd.checkpoint.publishing.leftovers import discard_save
 from ckptd.protocol.messages import CommitTask
 
 Item = tuple[Entry, Box]
@@ -149,7 +149,7 @@ def _write_image(source: Source, part: _Part, layout: Layout, path: str, done: C
 
 
 class _Frame:
-    """The bytes around the payloads, written and hashed in order; see :mod:`ckptd.checkpoint.frame`."""
+    """The bytes around the payloads, written and hashed in order; see :mod:`ckptd.checkpoint.image.frame`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from ckptd.checkpoint.commit import discard, prepare_directory
 from ckptd.checkpoint.names import hidden_directory
+from ckptd.checkpoint.publishing.commit import discard, prepare_directory
 from ckptd.checkpoint.system import named, rename_exchange, rename_new, sync_directory
 from ckptd.protocol.errors import BadConfig, OutputExists, SystemCallFailed
 

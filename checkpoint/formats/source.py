@@ -15,7 +15,7 @@ from typing import Final, Self
 
 import xxhash
 
-from ckptd.checkpoint.columns import KeyPath
+from ckptd.checkpoint.indexing.columns import KeyPath
 from ckptd.protocol.errors import MissingKeys, WrongBits
 from ckptd.staging.dtypes import OBJECT, by_code
 

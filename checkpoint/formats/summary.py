@@ -12,12 +12,12 @@ from typing import Final
 
 import numpy as np
 
-from ckptd.checkpoint.columns import Index
+from ckptd.checkpoint.folder.pins import is_pinned
+from ckptd.checkpoint.folder.user_data import UserData, decode_user_data
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME, unfinished_save
-from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.pins import is_pinned
 from ckptd.checkpoint.system import named
-from ckptd.checkpoint.user_data import UserData, decode_user_data
 from ckptd.protocol.errors import CkptdError, MissingFile, TruncatedFile
 from ckptd.staging.dtypes import OBJECT
 

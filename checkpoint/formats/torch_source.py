@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from ckptd.checkpoint.formats.objects import load_pickle, object_record
 from ckptd.checkpoint.formats.record import read_exactly
 from ckptd.checkpoint.formats.source import Box, Entry, Source
-from ckptd.checkpoint.metadata import dtype_code
+from ckptd.checkpoint.stock.metadata import dtype_code
 from ckptd.checkpoint.system import named
 from ckptd.protocol.errors import BadFile, Unsupported
 from ckptd.staging.dtypes import OBJECT

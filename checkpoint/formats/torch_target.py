@@ -24,7 +24,7 @@ from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 from ckptd.checkpoint.formats.output import new_file
 from ckptd.checkpoint.formats.source import Entry, Source
 from ckptd.checkpoint.formats.whole import check_boxes, whole
-from ckptd.checkpoint.metadata import torch_dtype
+from ckptd.checkpoint.stock.metadata import torch_dtype
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import by_code
 

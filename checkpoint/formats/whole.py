@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.checkpoint.formats.source import PIECE_BYTES, Box, Entry, Source
-from ckptd.checkpoint.tiling import check_tiling
+from ckptd.checkpoint.planning.tiling import check_tiling
 
 # Slices, with an ellipsis behind them.
 Corner = tuple[Any, ...]

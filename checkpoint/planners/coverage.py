@@ -10,7 +10,7 @@ import numpy as np
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from ckptd.checkpoint.tiling import overlaps
+from ckptd.checkpoint.planning.tiling import overlaps
 from ckptd.protocol.errors import BadPlan, Mismatch
 
 

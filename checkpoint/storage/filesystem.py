@@ -12,8 +12,8 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry as StockEx
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ckptd.checkpoint.formats.record import tensor_in_record
-from ckptd.checkpoint.metadata import torch_dtype
-from ckptd.checkpoint.read import READERS, Read, read_all
+from ckptd.checkpoint.reading.read import READERS, Read, read_all
+from ckptd.checkpoint.stock.metadata import torch_dtype
 from ckptd.checkpoint.storage import hidden_directory
 from ckptd.checkpoint.storage.claim import Claim
 from ckptd.checkpoint.storage.extensions import StreamTransformExtension, resolve_extensions

@@ -11,7 +11,7 @@ from typing import IO, cast
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ckptd.checkpoint.layout import SMALL_ALIGNMENT_BYTES
+from ckptd.checkpoint.image.layout import SMALL_ALIGNMENT_BYTES
 from ckptd.checkpoint.storage.copy_ahead import resolved_objects, resolved_tensors
 from ckptd.checkpoint.storage.options import SerializationFormat, WriterOptions
 from ckptd.checkpoint.storage.payload import Payload, object_payload, tensor_payload

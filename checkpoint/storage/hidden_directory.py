@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Final
 
-from ckptd.checkpoint.commit import clear_away, discard, has_checkpoint, prepare_directory, publish
 from ckptd.checkpoint.names import INDEX_NAME, hidden_directory
+from ckptd.checkpoint.publishing.commit import clear_away, discard, has_checkpoint, prepare_directory, publish
 from ckptd.checkpoint.storage.posix_sink import PosixSink
 from ckptd.checkpoint.system import named, sync_directory, write_file
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile

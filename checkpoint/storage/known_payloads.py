@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.index import decode_index
-from ckptd.checkpoint.metadata import torch_dtype
-from ckptd.checkpoint.open import is_metadata_of
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.index import decode_index
+from ckptd.checkpoint.indexing.open import is_metadata_of
+from ckptd.checkpoint.stock.metadata import torch_dtype
 from ckptd.protocol.errors import WrongBits
 from ckptd.staging.dtypes import OBJECT
 

@@ -1,7 +1,7 @@
 """Stock's ``.metadata`` as torch's own objects, without trusting the file.
 
-Stock unpickles whatever stands there. Here the opcodes are scanned first, as :mod:`ckptd.checkpoint.metadata_unpickle`
-does, and only the classes that a checkpoint needs are found.
+Stock unpickles whatever stands there. Here the opcodes are scanned first, as
+:mod:`ckptd.checkpoint.stock.metadata_unpickle` does, and only the classes that a checkpoint needs are found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ckptd.checkpoint.metadata_unpickle import collector_paused, scan_opcodes
+from ckptd.checkpoint.stock.metadata_unpickle import collector_paused, scan_opcodes
 from ckptd.protocol.errors import BadIndex
 
 _DCP: Final = dcp.__name__

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptd.checkpoint.columns import Int64
-from ckptd.checkpoint.read_files import SourceFile
+from ckptd.checkpoint.indexing.columns import Int64
+from ckptd.checkpoint.reading.files import SourceFile
 from ckptd.checkpoint.storage.object_store import ObjectStore
 from ckptd.protocol.errors import MissingFile, TruncatedFile
 

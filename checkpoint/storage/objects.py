@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry as StockExtensionRegistry
 
-from ckptd.checkpoint.read import Read, read_all
+from ckptd.checkpoint.reading.read import Read, read_all
 from ckptd.checkpoint.storage.claim import Claim
 from ckptd.checkpoint.storage.extensions import StreamTransformExtension, resolve_extensions
 from ckptd.checkpoint.storage.fresh_names import FreshNames, Store

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptd.checkpoint.metadata import dtype_code
+from ckptd.checkpoint.stock.metadata import dtype_code
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.image import tensor_record
 

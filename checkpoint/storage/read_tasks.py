@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTra
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from ckptd.checkpoint.read import Read
+from ckptd.checkpoint.reading.read import Read
 from ckptd.checkpoint.storage.known_payloads import Known
 from ckptd.protocol.errors import Mismatch, Unsupported, WrongBits
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
-from ckptd.checkpoint.read import Read
+from ckptd.checkpoint.reading.read import Read
 from ckptd.checkpoint.storage.extensions import ExtensionRegistry
 from ckptd.checkpoint.storage.known_payloads import Known, KnownPayloads, payloads_of
 from ckptd.checkpoint.storage.metadata_file import decode_stock

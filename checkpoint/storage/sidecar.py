@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.frame import METADATA_HASH, frame_header
-from ckptd.checkpoint.index import encode_index
-from ckptd.checkpoint.metadata_pickle import DCP_VERSION
-from ckptd.checkpoint.metadata_unpickle import collector_paused, decode_metadata
+from ckptd.checkpoint.image.frame import METADATA_HASH, frame_header
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.index import encode_index
+from ckptd.checkpoint.stock.metadata_pickle import DCP_VERSION
+from ckptd.checkpoint.stock.metadata_unpickle import collector_paused, decode_metadata
 from ckptd.checkpoint.storage.placement import FileReport, PlacedItem
 from ckptd.protocol.errors import BadIndex, ItemNotReported, Unsupported
 from ckptd.staging.dtypes import OBJECT

@@ -23,7 +23,7 @@ from ckptd.daemon.cli.status import daemons_runtime_dir, fetch_status
 from ckptd.protocol.errors import CkptdError
 
 if TYPE_CHECKING:
-    from ckptd.daemon.config import Config
+    from ckptd.daemon.settings.config import Config
 
 _GIB: Final = 1 << 30
 _TORCH: Final = (2, 9)
@@ -243,7 +243,7 @@ def check_config(load: Callable[[], Config]) -> Check:
 
 def check_network(load: Callable[[], Config]) -> list[Check]:
     """Whether the system's unit lets the daemon have the network that its configuration needs."""
-    from ckptd.daemon.config import parse_address
+    from ckptd.daemon.settings.config import parse_address
 
     try:
         config = load()
@@ -316,7 +316,7 @@ def _check_unit(unit: str, facts: dict[str, str], *, name: str, manager: str, in
 
 def _what_is_wrong(path: str, state: str) -> str:
     """Return what is wrong with a unit's file, or ""."""
-    from ckptd.daemon.units import interpreter_of
+    from ckptd.daemon.systemd.units import interpreter_of
 
     if state != "loaded":
         return f"systemd cannot use it ({state})"

@@ -12,7 +12,7 @@ from ckptd.daemon.cli.output import print_columns, say, say_json
 
 if TYPE_CHECKING:
     from ckptd.daemon.cli.checks import Check
-    from ckptd.daemon.config import Config
+    from ckptd.daemon.settings.config import Config
 
 
 def doctor(
@@ -42,7 +42,7 @@ def doctor(
 
 def _checks(folder: str, shm_dir: str, *, user: bool) -> list[Check]:
     from ckptd.daemon.cli import checks
-    from ckptd.daemon.config import Config
+    from ckptd.daemon.settings.config import Config
     from ckptd.protocol.errors import CkptdError
 
     try:
@@ -64,6 +64,6 @@ def _checks(folder: str, shm_dir: str, *, user: bool) -> list[Check]:
 
 
 def _configured(*, user: bool) -> Config:
-    from ckptd.daemon.config import default_config_path, load_config
+    from ckptd.daemon.settings.config import default_config_path, load_config
 
     return load_config(default_config_path("user" if user else "system"))

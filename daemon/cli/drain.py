@@ -56,7 +56,7 @@ def drain(
 
 def _ask(runtime: str, timeout_s: float, look: Callable[[], None]) -> Drained:
     """Send the order over the attach socket, on which the kernel says who we are, and wait for the answer."""
-    from ckptd.daemon.frames import FRAME_LENGTH
+    from ckptd.daemon.session.frames import FRAME_LENGTH
     from ckptd.protocol import messages
 
     frame = messages.encode(messages.Drain(messages.PROTOCOL_VERSION, timeout_s))

@@ -159,7 +159,7 @@ def _now_unix_s(folder: str) -> float:
 
 
 def _configured_shm_dir() -> str:
-    from ckptd.daemon.config import default_config_path, load_config
+    from ckptd.daemon.settings.config import default_config_path, load_config
 
     return load_config(default_config_path("system" if os.geteuid() == 0 else "user")).shm_dir
 

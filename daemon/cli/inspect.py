@@ -59,8 +59,8 @@ def _whole(source: Source) -> dict[str, Any]:
 
 
 def _of_checkpoint(source: Any) -> dict[str, Any]:
+    from ckptd.checkpoint.folder.user_data import USER_DATA
     from ckptd.checkpoint.formats.summary import summarise
-    from ckptd.checkpoint.user_data import USER_DATA
     from ckptd.daemon.cli.listing import user_facts
 
     summary = summarise(source.path, source.index)

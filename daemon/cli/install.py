@@ -14,7 +14,7 @@ from ckptd.daemon.cli.output import printable, say, say_json
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
 if TYPE_CHECKING:
-    from ckptd.daemon.units import Layout, Planned
+    from ckptd.daemon.systemd.units import Layout, Planned
 
 _UNITS: Final = ("ckptd.socket", "ckptd.service")
 # Seconds; stopping waits for saves, up to the unit's TimeoutStopSec and what the daemon asks for beyond it.
@@ -101,7 +101,7 @@ def _stop(files: list[Planned], *, stop: tuple[str, ...], reload: tuple[str, ...
 
 
 def _layout(*, user: bool, root: str, prefix: str) -> Layout:
-    from ckptd.daemon.units import Layout
+    from ckptd.daemon.systemd.units import Layout
 
     for option, value in (("--root", root), ("--prefix", prefix)):
         if value and not os.path.isabs(value):
@@ -112,7 +112,7 @@ def _layout(*, user: bool, root: str, prefix: str) -> Layout:
 
 
 def _planned(layout: Layout) -> list[Planned]:
-    from ckptd.daemon.units import planned
+    from ckptd.daemon.systemd.units import planned
 
     return planned(layout, python=sys.executable, systemd=systemd_version())
 
@@ -141,7 +141,7 @@ def _run_all(commands: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _unreadable(layout: Layout) -> list[str]:
-    from ckptd.daemon.units import closed_directories
+    from ckptd.daemon.systemd.units import closed_directories
 
     if layout.user:
         return []

@@ -1,8 +1,8 @@
 """What dead daemons and killed saves leave behind, as `ckptd gc` sees it: found, and judged.
 
 Invariant: nothing is judged a leftover that a live daemon works on or a trainer waits for, that somebody locks, or that
-changed lately. What becomes of a dead save's directory is decided by :mod:`ckptd.checkpoint.leftovers`; a daemon's
-directory on tmpfs is locked as long as it lives (:mod:`ckptd.daemon.directories`).
+changed lately. What becomes of a dead save's directory is decided by :mod:`ckptd.checkpoint.publishing.leftovers`; a
+daemon's directory on tmpfs is locked as long as it lives (:mod:`ckptd.daemon.recovery.directories`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from ckptd.checkpoint.names import is_removed, split_hidden
-from ckptd.daemon.directories import name_for
+from ckptd.daemon.recovery.directories import name_for
 from ckptd.protocol.errors import CkptdError, SystemCallFailed
 from ckptd.protocol.paths import runtime_dir
 from ckptd.staging.arena import SlotState, count_slots, is_held, read_slot
@@ -201,7 +201,7 @@ def reason_to_keep(save: HiddenSave, *, busy: Collection[str], now_unix_s: float
         now_unix_s: The time, by the file system's clock.
         older_than_s: What changed later may be the work of a daemon of another node.
     """
-    from ckptd.checkpoint.leftovers import Fate, foresee
+    from ckptd.checkpoint.publishing.leftovers import Fate, foresee
 
     if save.checkpoint_id in busy:
         return "a daemon is working on it"
@@ -225,8 +225,8 @@ def settle(save: HiddenSave) -> str:
     Returns:
         Why it is still there, or "".
     """
-    from ckptd.checkpoint.commit import discard
-    from ckptd.checkpoint.leftovers import sweep
+    from ckptd.checkpoint.publishing.commit import discard
+    from ckptd.checkpoint.publishing.leftovers import sweep
 
     if not os.path.lexists(save.path):
         return ""
@@ -241,7 +241,7 @@ def settle(save: HiddenSave) -> str:
 
 def names_back(save: HiddenSave) -> bool:
     """Say whether a leftover will get its name back."""
-    from ckptd.checkpoint.leftovers import Fate, foresee
+    from ckptd.checkpoint.publishing.leftovers import Fate, foresee
 
     return not save.removing and foresee(save.path) is Fate.NAME_BACK
 

@@ -16,10 +16,10 @@ from ckptd.daemon.cli.output import complain, fault_facts, print_columns, printa
 from ckptd.protocol.errors import CkptdError, UnknownCheckpoint
 
 if TYPE_CHECKING:
-    from ckptd.checkpoint.columns import Index
+    from ckptd.checkpoint.folder.user_data import UserData
     from ckptd.checkpoint.formats.source import Source
     from ckptd.checkpoint.formats.summary import Summary
-    from ckptd.checkpoint.user_data import UserData
+    from ckptd.checkpoint.indexing.columns import Index
 
 # Name, dtype, shape, bytes and number of chunks of an entry.
 Row = tuple[str, str, tuple[int, ...], int, int]
@@ -54,7 +54,7 @@ def list_paths(paths: Sequence[str], *, as_json: bool) -> int:
 def _look(path: str) -> list[Listed]:
     """Return what lies at a path: one checkpoint with its entries, or many without."""
     from ckptd.checkpoint.formats.summary import find_checkpoints, is_checkpoint, summarise
-    from ckptd.checkpoint.open import read_index
+    from ckptd.checkpoint.indexing.open import read_index
 
     if is_checkpoint(path):
         index = read_index(path)

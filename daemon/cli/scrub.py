@@ -10,7 +10,7 @@ import typer
 from ckptd.daemon.cli.output import complain, fault_facts, printable, progress_bar, say, say_json
 
 if TYPE_CHECKING:
-    from ckptd.checkpoint.scrub import Scrubbed
+    from ckptd.checkpoint.folder.scrub import Scrubbed
 
 
 def scrub(
@@ -23,7 +23,7 @@ def scrub(
 
     Unfinished saves are reported and not judged. Of stock's checkpoints, which have no hashes, CRCs are checked.
     """
-    from ckptd.checkpoint.scrub import scrub
+    from ckptd.checkpoint.folder.scrub import scrub
 
     found: list[Scrubbed] = []
     with progress_bar("scrub") as progress:

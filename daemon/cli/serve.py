@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ckptd.daemon.config import parse_address
+from ckptd.daemon.settings.config import parse_address
 from ckptd.protocol.errors import BadConfig
 
 

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from ckptd.daemon.cli.output import printable
-from ckptd.daemon.config import parse_address
+from ckptd.daemon.settings.config import parse_address
 from ckptd.protocol.errors import BadMessage, DaemonUnavailable
 from ckptd.protocol.paths import http_address_file, http_token_file, runtime_dir
 

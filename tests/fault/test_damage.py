@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.nursery import state
 
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.protocol.errors import BadIndex, MissingFile, TruncatedFile, UnknownCheckpoint, WrongBits
 
 CKPTD = [str(Path(sys.executable).with_name("ckptd"))]

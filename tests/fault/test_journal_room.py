@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ckptd.daemon.journal import Journal
-from ckptd.daemon.records import SessionRecord, VerdictRecord
+from ckptd.daemon.recovery.journal import Journal
+from ckptd.daemon.recovery.records import SessionRecord, VerdictRecord
 
 
 def test_a_full_disk_costs_the_journal_not_the_saves(mounts, caplog):

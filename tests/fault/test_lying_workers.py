@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from ckptd.daemon import supervisor
-from ckptd.daemon.jobfiles import JobFiles
-from ckptd.daemon.supervisor import WorkerPool, WorkerSettings
+from ckptd.daemon.job.jobfiles import JobFiles
+from ckptd.daemon.workers import supervisor
+from ckptd.daemon.workers.supervisor import WorkerPool, WorkerSettings
 from ckptd.protocol import messages
 from ckptd.protocol.errors import WorkerDied
 from ckptd.protocol.messages import DiscardDone, DiscardTask, Heartbeat

@@ -21,7 +21,7 @@ from support.memory import (
 from support.processes import stopped, wait_gone
 from support.waiting import wait_until
 
-from ckptd.client import retained
+from ckptd.client.loading import retained
 from ckptd.staging.arena import ALIGNMENT_BYTES
 
 KEEP = {"retain_s": 600.0}
@@ -75,7 +75,7 @@ def test_while_no_daemon_runs_the_disk_is_read(daemon, trainers, tmp_path):
 def test_a_daemon_that_hangs_delays_a_load_by_a_moment(daemon, trainers, tmp_path):
     old, new = save(trainers, tmp_path / "a"), trainers.start()
     with stopped(daemon.pid):
-        new.do("from ckptd.client import retained\nbegun = time.monotonic()")
+        new.do("from ckptd.client.loading import retained\nbegun = time.monotonic()")
         new.do("assert retained.open_retained(path, 'a save') is None", path=str(tmp_path / "a"))
         assert new.get("time.monotonic() - begun") >= retained.ANSWER_WITHIN_S
         for trainer in (new, old):  # the second has a session, and its daemon does not answer there either

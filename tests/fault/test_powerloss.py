@@ -14,8 +14,8 @@ from support.savedsteps import RecordedSave
 from support.strace import lines, traced
 from support.waiting import wait_until
 
-from ckptd.checkpoint.leftovers import sweep
 from ckptd.checkpoint.names import split_hidden
+from ckptd.checkpoint.publishing.leftovers import sweep
 
 # What is saved: below which folder of the root, over what, and what strace lets fail meanwhile.
 KINDS = {

@@ -11,12 +11,12 @@ from support.clients import stock_save
 from support.waiting import wait_until
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from ckptd.checkpoint.read_files import Disk, DiskFile
-from ckptd.client import nodecache
-from ckptd.client.load_plan import LoadPlanner
+from ckptd.checkpoint.reading.files import Disk, DiskFile
+from ckptd.client.loading import nodecache
+from ckptd.client.loading.plan import LoadPlanner
 from ckptd.protocol.errors import MissingFile, Unsupported, WrongBits
 
-load_module = importlib.import_module("ckptd.client.load")  # the package's name for it is the function's
+load_module = importlib.import_module("ckptd.client.loading.load")  # the package's name for it is the function's
 # Rows so long that five columns are read row by row: of what is read in part, the hash cannot be known.
 ROWS, COLUMNS = 8, 16384
 

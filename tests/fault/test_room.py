@@ -203,7 +203,7 @@ def test_a_plan_of_a_save_that_fails_while_it_is_taken_in_is_not_kept(mounts, da
     disk = mounts.tmpfs(mib=2, name="disk")
     ranks = trainers.job(2)
     ranks[1].do(
-        "import ckptd.client.session as module\n"
+        "import ckptd.client.session.session as module\n"
         "make = module.make_rank_layout\n"
         "def make_late(*arguments, **options):\n"
         "    layout = make(*arguments, **options)\n"
@@ -305,11 +305,11 @@ def test_blocks_that_cannot_be_reserved_are_told_by_the_worker_and_nothing_is_le
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'ckptd.daemon.worker' in sys.orig_argv:\n"
-        "    import ckptd.checkpoint.write as write\n"
+        "if 'ckptd.daemon.workers.worker' in sys.orig_argv:\n"
+        "    import ckptd.checkpoint.image.write as write\n"
         "    write.check_room = lambda directory, wanted_bytes: None\n"
     )
-    monkeypatch.setattr("ckptd.client.session.claim_room", lambda *_: None)
+    monkeypatch.setattr("ckptd.client.session.session.claim_room", lambda *_: None)
     daemon = start_daemon(environment={"PYTHONPATH": str(tmp_path / "site")})
     cause, text = failed(client, disk / "a", mib=8)
     assert cause == "system_call_failed"

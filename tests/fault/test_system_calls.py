@@ -23,9 +23,9 @@ from support.strace import lines, traced
 from support.waiting import wait_until
 
 import ckptd.client
-from ckptd.checkpoint.leftovers import sweep
 from ckptd.checkpoint.names import split_hidden
-from ckptd.client import sessions
+from ckptd.checkpoint.publishing.leftovers import sweep
+from ckptd.client.session import sessions
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EINTR")
 POSITIONS = ("first", "middle", "last")

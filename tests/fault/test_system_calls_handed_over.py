@@ -14,7 +14,7 @@ from support.strace import lines, traced
 from support.waiting import wait_until
 
 import ckptd.client
-from ckptd.client import sessions
+from ckptd.client.session import sessions
 
 # Which of a thread's calls fails, of those that a save of four files makes.
 CALLS = {

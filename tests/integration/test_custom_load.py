@@ -113,8 +113,8 @@ except Exception as error:
 
 def test_a_rank_that_dies_in_the_middle_is_named_to_the_others(ranks):
     ranks.do("""
-from ckptd.client import load_generic
-from ckptd.client.exchange import Patience
+from ckptd.client.loading import generic as load_generic
+from ckptd.client.session.exchange import Patience
 class Dies(FileSystemReader):
     def read_data(self, plan, planner):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_plans_of_tens_of_megabytes_cross_a_tcp_store(start, free_port):
     ranks.do("""
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
-from ckptd.client.load_generic import load_with
+from ckptd.client.loading.generic import load_with
 forbid_collectives()
 class Own(DefaultLoadPlanner):
     def create_local_plan(self):
@@ -205,7 +205,7 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     theirs = describe(stock.load_sharded_optimizer_state_dict(model, 'optimizer', FileSystemReader(path)))
 forbid_collectives()
-from ckptd.client.load_optimizer import load_sharded_optimizer_state_dict
+from ckptd.client.loading.optimizer import load_sharded_optimizer_state_dict
 ours = describe(load_sharded_optimizer_state_dict(model, 'optimizer', FileSystemReader(path)))
 own = describe(load_sharded_optimizer_state_dict(model, 'optimizer', Doubles(path)))
 """
@@ -247,7 +247,7 @@ model = {'fc.weight': outer}
         path=str(tmp_path / "a"),
     )
     ranks.do("""
-from ckptd.client.load_optimizer import load_sharded_optimizer_state_dict
+from ckptd.client.loading.optimizer import load_sharded_optimizer_state_dict
 forbid_collectives()
 found = [load_sharded_optimizer_state_dict(model, 'optimizer', reader(path)) for reader in (FileSystemReader, Doubles)]
 first, second = [describe(state['optimizer']['state']['fc.weight']) for state in found]

@@ -13,9 +13,9 @@ from support.nursery import state
 from support.trainers import Ranks
 from support.waiting import wait_until
 
-from ckptd.checkpoint.catalog import read_header
-from ckptd.checkpoint.reading import reading
-from ckptd.checkpoint.user_data import MOST_BYTES
+from ckptd.checkpoint.folder.catalog import read_header
+from ckptd.checkpoint.folder.locks import reading
+from ckptd.checkpoint.folder.user_data import MOST_BYTES
 from ckptd.checkpoint.verify import verify_checkpoint
 
 CKPTD = str(Path(sys.executable).with_name("ckptd"))
@@ -195,7 +195,7 @@ class TestRetention:
         train(mine, [1])
         reader = trainers.start()
         reader.do(
-            "import ckptd.client.loader as loader\n"
+            "import ckptd.client.loading.loader as loader\n"
             "begun, go, real = threading.Event(), threading.Event(), loader.load_into\n"
             "def slow(*a, **k): begun.set(); assert go.wait(30); return real(*a, **k)\n"
             "loader.load_into = slow\n"

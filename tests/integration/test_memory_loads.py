@@ -23,8 +23,9 @@ from support.meshes import as_rank, dtensor
 from support.waiting import wait_until
 from torch.distributed.tensor import Shard
 
-from ckptd.checkpoint.read_images import ImageFile
-from ckptd.client import retained, sessions
+from ckptd.checkpoint.reading.images import ImageFile
+from ckptd.client.loading import retained
+from ckptd.client.session import sessions
 from ckptd.protocol.errors import MissingKeys, WrongBits
 
 ROWS, COLUMNS = 256, 96

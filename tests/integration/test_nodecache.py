@@ -10,7 +10,7 @@ MIB = 1 << 20
 SIZE_MIB = 48
 
 PREPARE = """
-from ckptd.checkpoint import read_files
+from ckptd.checkpoint.reading import files as read_files
 wanted = {f'w{n}': torch.arange(1 << 20, dtype=torch.int32) * (n + 1) for n in range(mib // 4)}
 target = {name: torch.zeros_like(value) for name, value in wanted.items()}
 def bit_equal():

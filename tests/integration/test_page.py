@@ -11,7 +11,7 @@ from support.processes import stopped
 from support.statuses import a_good_day, a_job, a_save, a_status
 from support.waiting import wait_until
 
-from ckptd.daemon.gate import Access
+from ckptd.daemon.http.gate import Access
 
 TOKEN = "correct-horse-battery"
 # 16 KiB a write from one thread: slow enough to be seen.
@@ -207,7 +207,7 @@ def test_a_daemon_that_is_away_is_said_to_be(tab):
 
 
 def test_where_no_stream_is_to_be_had_it_asks_again_and_again(tab, monkeypatch):
-    monkeypatch.setattr("ckptd.daemon.events.MOST_STREAMS", 0)
+    monkeypatch.setattr("ckptd.daemon.http.events.MOST_STREAMS", 0)
     view = Shown(a_status())
     with served(view) as at:
         page = tab(f"http://{at}/")

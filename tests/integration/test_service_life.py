@@ -153,7 +153,7 @@ def test_a_bad_file_keeps_the_old_configuration_and_says_so(running, users, text
     running.run("systemctl", "reload", "ckptd.service")
     running.wait_show("StatusText", lambda value: f"old configuration kept: {CONFIG}: " in value)
     [line] = running.journal("err").splitlines()
-    assert line.startswith(f"ckptd.daemon.managed: reload: old configuration kept: {CONFIG}: ")
+    assert line.startswith(f"ckptd.daemon.systemd.managed: reload: old configuration kept: {CONFIG}: ")
     assert (running.show("MainPID"), running.show("ActiveState")) == (pid, "active")
     assert committed(users(ALICE)) == "committed"
 

@@ -5,7 +5,7 @@ from support.layouts import LAYOUTS, SHAPES
 from support.sharded import WAYS, path_of
 from support.sharded_worlds import worlds
 
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
 
 WORLD_SIZES = sorted({layout.world_size for layout in LAYOUTS.values()})
 

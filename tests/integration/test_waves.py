@@ -6,7 +6,7 @@ from support.clients import assert_holds, stock_load
 from support.nursery import state
 from support.states import assert_same, blank, everything
 
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 
-from ckptd.client.flatten import flatten, outline_of, set_leaf
+from ckptd.client.saving.flatten import flatten, outline_of, set_leaf
 from ckptd.protocol.errors import Unsupported
 
 keys = st.sampled_from(["a", "b", "a.b", "0", "1", "w"]) | st.integers(0, 1)

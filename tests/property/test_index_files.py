@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import as_dict, make_checkpoint
 
-from ckptd.checkpoint.index import decode_index, encode_index, pack_index
-from ckptd.checkpoint.metadata_pickle import decode_metadata, encode_metadata
+from ckptd.checkpoint.indexing.index import decode_index, encode_index, pack_index
+from ckptd.checkpoint.stock.metadata_pickle import decode_metadata, encode_metadata
 from ckptd.protocol.errors import BadIndex, Unsupported
 
 INDEX, _ = make_checkpoint()

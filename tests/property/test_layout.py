@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import Held, item_bytes, local_plan
 
-from ckptd.checkpoint.layout import SMALL_ALIGNMENT_BYTES, make_layout
+from ckptd.checkpoint.image.layout import SMALL_ALIGNMENT_BYTES, make_layout
 from ckptd.staging.arena import ALIGNMENT_BYTES
 
 tensors = st.builds(

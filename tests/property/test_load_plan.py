@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.client import load_boxes
-from ckptd.client.load_boxes import overlap_of, part_of
+from ckptd.client.loading import boxes as load_boxes
+from ckptd.client.loading.boxes import overlap_of, part_of
 
 often = settings(max_examples=150, deadline=None)
 

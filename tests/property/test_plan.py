@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import Held, index_places, local_plan
 
-from ckptd.checkpoint.plan import make_plan
-from ckptd.checkpoint.tiling import check_tiling, overlaps
+from ckptd.checkpoint.planning.plan import make_plan
+from ckptd.checkpoint.planning.tiling import check_tiling, overlaps
 from ckptd.protocol.errors import BadPlan
 
 often = settings(max_examples=60, deadline=None)

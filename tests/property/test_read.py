@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.images import random_bytes
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint import read_requests
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read import Read, read_all
+from ckptd.checkpoint.reading import requests as read_requests
+from ckptd.checkpoint.reading.pagecache import PageCacheProbe
+from ckptd.checkpoint.reading.read import Read, read_all
 
 SIZE = 48 * 1024 + 77
 CONTENT = [random_bytes(SIZE, seed=seed) for seed in range(2)]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.managed import write_managed
 
-from ckptd.checkpoint.pins import pin
-from ckptd.checkpoint.reading import reading
-from ckptd.checkpoint.removal import retain
+from ckptd.checkpoint.folder.locks import reading
+from ckptd.checkpoint.folder.pins import pin
+from ckptd.checkpoint.folder.removal import retain
 from ckptd.protocol.retention_messages import Keep, RetainTask
 
 # A step, and what protects it.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.managed import entry
 
-from ckptd.checkpoint.retention import best_first, choose_removals
+from ckptd.checkpoint.folder.retention import best_first, choose_removals
 from ckptd.protocol.retention_messages import Keep
 
 often = settings(max_examples=300, deadline=None)

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import Held, local_plan
 
-from ckptd.checkpoint.image_hashes import ImageHashes
-from ckptd.checkpoint.layout import make_layout
-from ckptd.checkpoint.write import Pace, Payloads, write_image
-from ckptd.checkpoint.write_wave import Place, finish_waves, frame_of_file, write_wave
-from ckptd.client.layout import make_rank_layout
+from ckptd.checkpoint.image.hashes import ImageHashes
+from ckptd.checkpoint.image.layout import make_layout
+from ckptd.checkpoint.image.write import Pace, Payloads, write_image
+from ckptd.checkpoint.image.write_wave import Place, finish_waves, frame_of_file, write_wave
+from ckptd.client.saving.layout import make_rank_layout
 from ckptd.protocol.waves import cut
 from ckptd.staging.copy import Copier
 from ckptd.staging.views import DressedSlot

@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as stock
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-from ckptd.checkpoint.stand_in import Piece, StagedShards, Stand
+from ckptd.checkpoint.user_code.stand_in import Piece, StagedShards, Stand
 
 
 def small_state(number=1.0):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.index import encode_index
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.index import encode_index
 from ckptd.staging.dtypes import OBJECT, by_code, by_name
 from ckptd.staging.image import scalar_record, tensor_record
 

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as stock
 from support.nursery import state
 
 import ckptd.client
-from ckptd.client import sessions
+from ckptd.client.session import sessions
 
 
 @pytest.fixture

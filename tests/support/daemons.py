@@ -18,7 +18,7 @@ import pytest
 from support.processes import is_daemon, processes_of, wait_gone
 from support.waiting import PATIENCE_S, wait_readable, wait_until
 
-from ckptd.client import sessions
+from ckptd.client.session import sessions
 
 # Faster than the defaults, slower than a busy machine's hiccups; workers at nice 19 would starve beside other tests.
 SETTINGS = {

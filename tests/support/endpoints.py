@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import ClientSession
 
-from ckptd.daemon.http import start_http
-from ckptd.daemon.metrics import Live, Metrics
+from ckptd.daemon.http.server import start_http
+from ckptd.daemon.monitoring.metrics import Live, Metrics
 
 NOTHING = Live({}, queue_depth=0, sessions=0, workers=0, arena_bytes=0)
 

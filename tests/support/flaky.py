@@ -7,8 +7,8 @@ from pathlib import Path
 _SITE = """
 import os, sys
 
-if "ckptd.daemon.worker" in sys.orig_argv:
-    import ckptd.checkpoint.write as write
+if "ckptd.daemon.workers.worker" in sys.orig_argv:
+    import ckptd.checkpoint.image.write as write
     from ckptd.protocol.errors import SystemCallFailed
 
     original = write.write_image

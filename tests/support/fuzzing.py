@@ -50,9 +50,9 @@ def _message(decode):
 def _index_targets():
     from support.checkpoints import make_checkpoint
 
-    from ckptd.checkpoint.index import decode_index, encode_index
-    from ckptd.checkpoint.metadata_pickle import encode_metadata
-    from ckptd.checkpoint.metadata_unpickle import decode_metadata
+    from ckptd.checkpoint.indexing.index import decode_index, encode_index
+    from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
+    from ckptd.checkpoint.stock.metadata_unpickle import decode_metadata
 
     index, _ = make_checkpoint()
     ours = [encode_index(index)]
@@ -70,7 +70,7 @@ def stock_metadata():
 
 def _unhashed():
     """Read an index whose hash has been made to fit, so that what stands behind it is reached."""
-    from ckptd.checkpoint import index as module
+    from ckptd.checkpoint.indexing import index as module
 
     module._digest = lambda header, columns: "fits"
     check = module.decode_index
@@ -88,7 +88,7 @@ def _unhashed():
 
 
 def _read_index():
-    from ckptd.checkpoint.open import read_index
+    from ckptd.checkpoint.indexing.open import read_index
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -105,9 +105,9 @@ def _read_index():
 def _plan_targets():
     from support.plans import Held, local_plan, rows
 
-    from ckptd.checkpoint.items import decode_plan
-    from ckptd.checkpoint.plan import make_plan
-    from ckptd.checkpoint.planfile import load_plan, store_plan
+    from ckptd.checkpoint.planning.items import decode_plan
+    from ckptd.checkpoint.planning.plan import make_plan
+    from ckptd.checkpoint.planning.planfile import load_plan, store_plan
 
     plans = [
         local_plan({"w": rows(0, 3, of=(8, 4)), "o": 512, "r": Held((9,))}),
@@ -128,7 +128,7 @@ def _plan_targets():
 
 
 def _arena_targets():
-    from ckptd.daemon.sessions import ArenaFile, Peer, Session
+    from ckptd.daemon.session.sessions import ArenaFile, Peer, Session
     from ckptd.staging.arena import HEADER_BYTES, create_arena
 
     seal, slots, slot_bytes = SAMPLES[messages.decode_client_message][2], 4, 1 << 20

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from support.checkpoints import make_checkpoint
 
-from ckptd.checkpoint.catalog import CatalogEntry
-from ckptd.checkpoint.frame import frame_hash, frame_header, frame_ranges
-from ckptd.checkpoint.index import encode_index
-from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.user_data import USER_DATA, UserData
+from ckptd.checkpoint.folder.catalog import CatalogEntry
+from ckptd.checkpoint.folder.user_data import USER_DATA, UserData
+from ckptd.checkpoint.image.frame import frame_hash, frame_header, frame_ranges
+from ckptd.checkpoint.indexing.index import encode_index
+from ckptd.checkpoint.indexing.open import read_index
 
 
 def write_managed(root: Path, step: int, *, committed_s: float | None = None, name: str = "", **metrics: float) -> Path:

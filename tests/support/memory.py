@@ -11,7 +11,7 @@ DAMAGED = 'ckptd_memory_loads_total{memory="damaged"}'
 SERVED_BYTES = "ckptd_memory_served_bytes_total"
 
 # What a trainer runs. On a busy machine a healthy daemon may need more than its moment.
-PATIENT = "from ckptd.client import retained\nretained.ANSWER_WITHIN_S = 20.0\n"
+PATIENT = "from ckptd.client.loading import retained\nretained.ANSWER_WITHIN_S = 20.0\n"
 LOAD = PATIENT + "found = state(mib, -1.0)\nreport = dcp.load(found, checkpoint_id=path)"
 VALUES = "(report.source, found['model']['w'].unique().tolist(), found['model']['b'].tolist(), found['step'])"
 

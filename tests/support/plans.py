@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptd.checkpoint.items import BALANCED, LocalPlan
-from ckptd.checkpoint.layout import item_record
-from ckptd.checkpoint.plan import JobPlan
+from ckptd.checkpoint.image.layout import item_record
+from ckptd.checkpoint.planning.items import BALANCED, LocalPlan
+from ckptd.checkpoint.planning.plan import JobPlan
 from ckptd.staging.dtypes import OBJECT, by_code, by_name
 from ckptd.staging.image import scalar_record
 

@@ -7,10 +7,10 @@ from pathlib import Path
 _SITE = """
 import os, sys
 
-if "ckptd.daemon.worker" in sys.orig_argv:
-    import ckptd.checkpoint.commit as commit
-    import ckptd.checkpoint.removal as removal
-    import ckptd.checkpoint.write as write
+if "ckptd.daemon.workers.worker" in sys.orig_argv:
+    import ckptd.checkpoint.publishing.commit as commit
+    import ckptd.checkpoint.folder.removal as removal
+    import ckptd.checkpoint.image.write as write
 
     def die():
         for number in range({times}):

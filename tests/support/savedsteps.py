@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.powerloss import Disk, Recording, Rename, Sync
 
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import CkptdError, UnknownCheckpoint
 

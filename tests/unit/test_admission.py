@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.daemon.admission import Admission
-from ckptd.daemon.config import Config
+from ckptd.daemon.session.admission import Admission
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.admission import Limit, Reserve, admit
 from ckptd.protocol.errors import ShmTooSmall
 

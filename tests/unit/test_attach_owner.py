@@ -10,7 +10,7 @@ import pytest
 from support.mounts import need_root
 from support.users import NOBODY
 
-from ckptd.client import embedded
+from ckptd.client.session import embedded
 from ckptd.protocol.errors import DaemonUnavailable
 
 

@@ -9,8 +9,8 @@ import torch
 from support.managed import write_managed
 from support.stock import save_stock
 
-from ckptd.checkpoint.catalog import list_entries, look_at, read_header
-from ckptd.checkpoint.pins import pin
+from ckptd.checkpoint.folder.catalog import list_entries, look_at, read_header
+from ckptd.checkpoint.folder.pins import pin
 from ckptd.protocol.errors import SystemCallFailed
 
 

@@ -16,7 +16,7 @@ from ckptd import __version__
 from ckptd.daemon.cli import checks, doctor, rates
 from ckptd.daemon.cli.checks import Verdict
 from ckptd.daemon.cli.manager import Ran
-from ckptd.daemon.config import Config
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.errors import BadConfig, DaemonUnavailable, SystemCallFailed
 
 GIB = 1 << 30

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ckptd.checkpoint.chunks import (
+from ckptd.checkpoint.planning.chunks import (
     chunks_of,
     data_of,
     is_meta,

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ckptd.daemon.cli import gc
-from ckptd.daemon.directories import name_for
+from ckptd.daemon.recovery.directories import name_for
 from ckptd.protocol.errors import DaemonUnavailable
 from ckptd.staging.arena import SlotState, create_arena, hold, let_go, write_slot_state
 

@@ -18,7 +18,7 @@ from ckptd.daemon.cli.leftovers import (
     remove_arenas,
     settle,
 )
-from ckptd.daemon.directories import name_for
+from ckptd.daemon.recovery.directories import name_for
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.staging.arena import SlotState, create_arena, hold, let_go, write_slot_state
 

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.staging import (
 )
 
 from ckptd import client
-from ckptd.client import sessions
-from ckptd.client.options import SaveRequest, SessionOptions
-from ckptd.client.waves import WAVE_SLOT_BYTES
+from ckptd.client.saving.waves import WAVE_SLOT_BYTES
+from ckptd.client.session import sessions
+from ckptd.client.session.options import SaveRequest, SessionOptions
 from ckptd.protocol.errors import Unsupported
 
 STATE = {"w": torch.ones(2)}

@@ -12,10 +12,10 @@ from support.plans import Held, local_plan
 from support.streams import DEVICE, HeldStream
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.frame import frame_hash, frame_ranges
-from ckptd.client.layout import make_rank_layout
-from ckptd.client.slots import Slots
-from ckptd.client.waves import Ring, WaveSave, stage_in_waves
+from ckptd.checkpoint.image.frame import frame_hash, frame_ranges
+from ckptd.client.saving.layout import make_rank_layout
+from ckptd.client.saving.slots import Slots
+from ckptd.client.saving.waves import Ring, WaveSave, stage_in_waves
 from ckptd.protocol import messages
 from ckptd.protocol.errors import SaveSkipped, SlotsBusy, SlotTooSmall
 from ckptd.protocol.messages import Sealed

@@ -13,16 +13,16 @@ from safetensors.numpy import save_file
 from support.images import aligned
 from support.plans import Held, local_plan, make_image, rows
 
-from ckptd.checkpoint import commit as commit_module
-from ckptd.checkpoint import foreign as foreign_module
-from ckptd.checkpoint.commit import commit, discard, prepare_directory, publish
-from ckptd.checkpoint.leftovers import discard_save
+from ckptd.checkpoint.image.write import Pace, Payloads, write_image
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.names import hidden_directory
-from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.plan import make_plan
-from ckptd.checkpoint.planfile import StoredPlan, load_plan, store_plan
+from ckptd.checkpoint.planning.plan import make_plan
+from ckptd.checkpoint.planning.planfile import StoredPlan, load_plan, store_plan
+from ckptd.checkpoint.publishing import commit as commit_module
+from ckptd.checkpoint.publishing import foreign as foreign_module
+from ckptd.checkpoint.publishing.commit import commit, discard, prepare_directory, publish
+from ckptd.checkpoint.publishing.leftovers import discard_save
 from ckptd.checkpoint.verify import verify_checkpoint
-from ckptd.checkpoint.write import Pace, Payloads, write_image
 from ckptd.protocol.errors import CheckpointExists, SystemCallFailed, TruncatedFile
 from ckptd.protocol.messages import CommitTask
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ckptd.daemon.config import Config, default_config_path, load_config, parse_address
+from ckptd.daemon.settings.config import Config, default_config_path, load_config, parse_address
 from ckptd.protocol.errors import BY_CODE, BadConfig, from_report
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from support.endpoints import refused, serving, states, until
 
-from ckptd.daemon import events
-from ckptd.daemon.http import Limits
+from ckptd.daemon.http import events
+from ckptd.daemon.http.server import Limits
 
 
 class View:
@@ -141,7 +141,7 @@ def test_without_descriptors_an_idle_connection_goes_and_serving_goes_on(monkeyp
 
 
 def test_the_daemon_takes_all_the_descriptors_it_may_have():
-    code = "from ckptd.daemon.connections import raise_descriptor_limit as r; import resource; r(); "
+    code = "from ckptd.daemon.http.connections import raise_descriptor_limit as r; import resource; r(); "
     code += "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lower = ["sh", "-c", f'ulimit -S -n 64; exec "{sys.executable}" -c "{code}"']

@@ -7,13 +7,13 @@ import os
 
 import pytest
 
-from ckptd.daemon.config import Config
-from ckptd.daemon.generation import CurrentPlan, Generation, RankWaves, Seal
-from ckptd.daemon.job_log import JobLog
-from ckptd.daemon.journal import Journal
-from ckptd.daemon.records import WaveRecord
-from ckptd.daemon.sessions import ArenaFile, Peer, Session
-from ckptd.daemon.waves import SaveHooks, Waves
+from ckptd.daemon.job.generation import CurrentPlan, Generation, RankWaves, Seal
+from ckptd.daemon.job.waves import SaveHooks, Waves
+from ckptd.daemon.recovery.job_log import JobLog
+from ckptd.daemon.recovery.journal import Journal
+from ckptd.daemon.recovery.records import WaveRecord
+from ckptd.daemon.session.sessions import ArenaFile, Peer, Session
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.errors import BadMessage, DiskFull, UnexpectedError, WriteIncomplete
 from ckptd.protocol.messages import Sealed, SlotFreed
 from ckptd.protocol.save import RankFell, RankStages, SaveRules

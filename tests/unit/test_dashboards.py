@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from support.grafana import faults
 
-from ckptd.daemon.labels import Role
-from ckptd.daemon.metrics import Live, Metrics
-from ckptd.daemon.usage import Usage
-from ckptd.daemon.volumes import Room
+from ckptd.daemon.monitoring.labels import Role
+from ckptd.daemon.monitoring.metrics import Live, Metrics
+from ckptd.daemon.monitoring.usage import Usage
+from ckptd.daemon.monitoring.volumes import Room
 from dashboards.__main__ import files
 from dashboards.grafana import render
 from dashboards.panels import DASHBOARDS

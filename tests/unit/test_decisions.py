@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from ckptd.client import decisions as module
-from ckptd.client.decisions import Decision, Decisions
-from ckptd.client.exchange import Patience, Place
+from ckptd.client.manager import decisions as module
+from ckptd.client.manager.decisions import Decision, Decisions
+from ckptd.client.session.exchange import Patience, Place
 from ckptd.protocol.errors import DeadlineExceeded, RankFailed
 
 NO, SAVE, END = Decision(False, False), Decision(True, False), Decision(False, True)

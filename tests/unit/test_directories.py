@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from ckptd.daemon.directories import Directories
-from ckptd.daemon.journal import Journal
+from ckptd.daemon.recovery.directories import Directories
+from ckptd.daemon.recovery.journal import Journal
 from ckptd.protocol.errors import SystemCallFailed
 from ckptd.staging.arena import create_arena, hold, let_go
 
@@ -128,7 +128,7 @@ class TestOrphans:
 def test_without_a_writable_home_the_journal_lies_with_the_sockets(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("CKPTD_STATE_DIR", raising=False)
     (tmp_path / "file").touch()
-    monkeypatch.setattr("ckptd.daemon.directories.state_dir", lambda: str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("ckptd.daemon.recovery.directories.state_dir", lambda: str(tmp_path / "file" / "below"))
     (tmp_path / "shm").mkdir()
     directories = Directories(str(tmp_path / "run"), str(tmp_path / "shm"), everyone=False)
     assert directories.state.startswith(str(tmp_path / "run" / "state"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ckptd.daemon.cli.app import app
-from ckptd.daemon.config import Config
-from ckptd.daemon.metrics import Live, Metrics
-from ckptd.daemon.units import shipped
+from ckptd.daemon.monitoring.metrics import Live, Metrics
+from ckptd.daemon.settings.config import Config
+from ckptd.daemon.systemd.units import shipped
 from ckptd.protocol import messages
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from ckptd.client.drain import drain
-from ckptd.client.futures import SaveFuture, open_saves
+from ckptd.client.saving.futures import SaveFuture, open_saves
 from ckptd.protocol.errors import DiskFull, Unsupported
 
 

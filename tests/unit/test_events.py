@@ -7,9 +7,9 @@ import pytest
 from support.endpoints import refused, serving, states, until
 from support.statuses import a_job, a_save, a_status
 
-from ckptd.daemon import events
-from ckptd.daemon.events import MOST_STREAMS
-from ckptd.daemon.http import Limits
+from ckptd.daemon.http import events
+from ckptd.daemon.http.events import MOST_STREAMS
+from ckptd.daemon.http.server import Limits
 
 NUMBER = re.compile(rb'"number":(\d+),')
 

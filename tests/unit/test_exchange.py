@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from support.stores import FakeDist
 
-from ckptd.client import exchange as exchange_module
-from ckptd.client.exchange import Exchange, Patience, Place, _Line, place_in
+from ckptd.client.session import exchange as exchange_module
+from ckptd.client.session.exchange import Exchange, Patience, Place, _Line, place_in
 from ckptd.protocol.errors import DiskFull, RankFailed, Unsupported, UserCodeFailed
 
 QUICK = Patience(step_s=20.0, silence_s=20.0, beat_s=0.01)

@@ -9,11 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from ckptd.client import failure_policy
-from ckptd.client.exchange import Place
 from ckptd.client.failure_policy import FailureOptions, FailurePolicy
 from ckptd.client.failures import CheckpointException
-from ckptd.client.futures import SaveFuture
-from ckptd.client.sessions import connect
+from ckptd.client.saving.futures import SaveFuture
+from ckptd.client.session.exchange import Place
+from ckptd.client.session.sessions import connect
 from ckptd.protocol.errors import DaemonUnavailable, DiskFull, SavesFailing, SystemCallFailed, Unsupported
 from ckptd.protocol.transient import Backoff
 

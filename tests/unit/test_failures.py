@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException as TorchCheckpointE
 
 from ckptd import client
 from ckptd.client.failures import CheckpointException, as_checkpoint_failure, as_failure, failure_class
-from ckptd.client.futures import SaveFuture
+from ckptd.client.saving.futures import SaveFuture
 from ckptd.protocol.errors import (
     BY_CODE,
     BadConfig,

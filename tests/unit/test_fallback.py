@@ -11,12 +11,13 @@ import torch.distributed as dist
 from support.managed import spoil, write_managed
 from support.stock import save_stock
 
-from ckptd.checkpoint.reading import lock_for_removal
-from ckptd.client import fallback, logging_handlers
-from ckptd.client.exchange import Patience, Place
-from ckptd.client.fallback import Wanted, candidates_at, load_newest_good
-from ckptd.client.load_report import LoadReport
-from ckptd.client.loader import load
+from ckptd.checkpoint.folder.locks import lock_for_removal
+from ckptd.client import logging_handlers
+from ckptd.client.loading import fallback
+from ckptd.client.loading.fallback import Wanted, candidates_at, load_newest_good
+from ckptd.client.loading.loader import load
+from ckptd.client.loading.report import LoadReport
+from ckptd.client.session.exchange import Patience, Place
 from ckptd.protocol.errors import DiskFull, MissingKeys, NoGoodCheckpoint, RankFailed, UnknownCheckpoint, Unsupported
 
 DAMAGE = ["bit", "missing", "truncated", "index", "no index"]

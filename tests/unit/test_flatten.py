@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from ckptd.client.flatten import flatten, set_leaf, top_level
+from ckptd.client.saving.flatten import flatten, set_leaf, top_level
 from ckptd.protocol.errors import Unsupported
 
 T = torch.ones(2)

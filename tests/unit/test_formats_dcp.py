@@ -11,12 +11,12 @@ import torch
 from support.states import assert_same, everything
 from support.stock import load_stock, save_stock
 
-from ckptd.checkpoint import commit as commit_module
 from ckptd.checkpoint.formats import dcp_target
 from ckptd.checkpoint.formats.checkpoint import CheckpointSource
 from ckptd.checkpoint.formats.convert import Format, Wish, convert
 from ckptd.checkpoint.formats.source import Box
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
+from ckptd.checkpoint.publishing import commit as commit_module
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import (
     BadConfig,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.frame import frame_hash, frame_hashes, frame_header, frame_ranges
+from ckptd.checkpoint.image.frame import frame_hash, frame_hashes, frame_header, frame_ranges
 
 
 def ranges(payloads, file_bytes):

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from ckptd.client.failures import as_failure
-from ckptd.client.futures import SaveFuture, SaveProgress, wait_quietly
+from ckptd.client.saving.futures import SaveFuture, SaveProgress, wait_quietly
 from ckptd.protocol.errors import BadIndex, DaemonLost, DiskFull
 
 ERROR = as_failure(DiskFull("/runs", 10, 3))

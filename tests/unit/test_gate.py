@@ -3,8 +3,8 @@ import os
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from ckptd.daemon.config import Config
-from ckptd.daemon.gate import TOKEN_VARIABLE, Access, Gate, check_exposure, load_access, load_token
+from ckptd.daemon.http.gate import TOKEN_VARIABLE, Access, Gate, check_exposure, load_access, load_token
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.errors import BadConfig
 
 TOKEN = "correct-horse-battery"

@@ -14,8 +14,8 @@ from support.writers import Doubling, PickleWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import Shard
 
-from ckptd.checkpoint.handover import UserSave, offsets_of, pack, unpack
-from ckptd.checkpoint.stand_in import Piece, StagedShards, Stand
+from ckptd.checkpoint.user_code.handover import UserSave, offsets_of, pack, unpack
+from ckptd.checkpoint.user_code.stand_in import Piece, StagedShards, Stand
 from ckptd.protocol.errors import BadMessage, Unsupported
 
 

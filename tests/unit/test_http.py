@@ -8,9 +8,9 @@ from importlib.resources import files
 import pytest
 from aiohttp import ClientSession, CookieJar
 
-from ckptd.daemon.gate import Access, is_our_host
-from ckptd.daemon.http import _listen, start_http
-from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
+from ckptd.daemon.http.gate import Access, is_our_host
+from ckptd.daemon.http.server import _listen, start_http
+from ckptd.daemon.monitoring.metrics import CONTENT_TYPE, Live, Metrics
 from ckptd.protocol.errors import BadConfig, SystemCallFailed
 
 TOKEN = "correct-horse-battery"

@@ -8,8 +8,8 @@ import sys
 import pytest
 from support.stores import FakeDist, FakeStore
 
-from ckptd.client import identity as identity_module
-from ckptd.client.identity import Identity, alone, check_local_world, check_same_daemon, of_group
+from ckptd.client.session import identity as identity_module
+from ckptd.client.session.identity import Identity, alone, check_local_world, check_same_daemon, of_group
 from ckptd.protocol.errors import DeadlineExceeded, MultiNode
 
 

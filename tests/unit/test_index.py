@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from support.checkpoints import as_dict, make_checkpoint, many_items
 
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.index import check_index, decode_index, encode_index, pack_index
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.indexing.index import check_index, decode_index, encode_index, pack_index
 from ckptd.protocol.errors import BadIndex, Unsupported
 
 

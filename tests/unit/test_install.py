@@ -11,7 +11,7 @@ import pytest
 
 from ckptd.daemon.cli import install as module
 from ckptd.daemon.cli.manager import Ran
-from ckptd.daemon.units import closed_directories, interpreter_of
+from ckptd.daemon.systemd.units import closed_directories, interpreter_of
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.plans import Held, local_plan, rows
 
-from ckptd.checkpoint.items import MAX_DIMENSIONS, LocalPlan, decode_plan
+from ckptd.checkpoint.planning.items import MAX_DIMENSIONS, LocalPlan, decode_plan
 from ckptd.protocol.errors import BadMessage
 
 PLAN = local_plan({"w": rows(1, 3, of=(4, 5)), "o": 256, "s": Held((), dtype="int64", requires_grad=True)})

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from ckptd.daemon.generation import Generation, Seal
-from ckptd.daemon.job_log import JobLog
-from ckptd.daemon.journal import Journal, journal_file, try_lock
-from ckptd.daemon.records import (
+from ckptd.daemon.job.generation import Generation, Seal
+from ckptd.daemon.recovery.job_log import JobLog
+from ckptd.daemon.recovery.journal import Journal, journal_file, try_lock
+from ckptd.daemon.recovery.records import (
     SCHEMA_VERSION,
     TABLES,
     ArenaRecord,
@@ -23,7 +23,7 @@ from ckptd.daemon.records import (
     SessionRecord,
     VerdictRecord,
 )
-from ckptd.daemon.sessions import ArenaFile
+from ckptd.daemon.session.sessions import ArenaFile
 from ckptd.protocol.errors import SaveSkipped, SystemCallFailed
 from ckptd.protocol.messages import Sealed
 from ckptd.protocol.save import Broke, SaveRules
@@ -87,8 +87,8 @@ def test_a_change_happens_whole_or_not_at_all(journal):
 def test_a_record_survives_sigkill_in_the_next_statement(tmp_path):
     code = f"""
 import os
-from ckptd.daemon.journal import Journal
-from ckptd.daemon.records import JobRecord
+from ckptd.daemon.recovery.journal import Journal
+from ckptd.daemon.recovery.records import JobRecord
 journal = Journal({str(tmp_path)!r})
 journal.put(JobRecord(job=1, uid=0, gid=0, name="j", directory="", incarnation=3, world_size=1, launch=""))
 os.kill(os.getpid(), 9)

@@ -95,7 +95,7 @@ def test_no_file_is_named_for_nothing():
     ("imported", "absent"),
     [
         ("ckptd.daemon.service, ckptd.daemon.__main__", ["torch", "numpy", "typer", "rich"]),
-        ("ckptd.daemon.worker", ["torch"]),
+        ("ckptd.daemon.workers.worker", ["torch"]),
         ("ckptd.protocol.messages, ckptd.protocol.save, ckptd.protocol.session", ["torch", "numpy", "zmq", "asyncio"]),
     ],
 )

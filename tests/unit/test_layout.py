@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from support.plans import Held, local_plan
 
-from ckptd.checkpoint.layout import SMALL_ALIGNMENT_BYTES, item_record, make_layout
+from ckptd.checkpoint.image.layout import SMALL_ALIGNMENT_BYTES, item_record, make_layout
 from ckptd.staging.arena import ALIGNMENT_BYTES
 
 

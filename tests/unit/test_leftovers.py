@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from support.checkpoints import FILES, write_checkpoint
 
-from ckptd.checkpoint import leftovers as leftovers_module
-from ckptd.checkpoint.index import encode_index
-from ckptd.checkpoint.leftovers import Fate, Leftover, discard_save, fate_of, sweep
+from ckptd.checkpoint.indexing.index import encode_index
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.names import hidden_directory, set_aside, split_hidden
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.publishing import leftovers as leftovers_module
+from ckptd.checkpoint.publishing.leftovers import Fate, Leftover, discard_save, fate_of, sweep
 from ckptd.protocol.errors import BadMessage, SystemCallFailed
 
 FACTS = [field.name for field in dataclasses.fields(Leftover)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ckptd.client.load_boxes import Overlap, overlap_of, part_of, row_major
+from ckptd.client.loading.boxes import Overlap, overlap_of, part_of, row_major
 
 
 class TestOverlap:

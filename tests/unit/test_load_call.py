@@ -13,8 +13,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckptd.checkpoint.storage.filesystem import FileSystemReader as OurReader
-from ckptd.client import load_sources, loader
-from ckptd.client.loader import load, load_state_dict
+from ckptd.client.loading import loader
+from ckptd.client.loading import sources as load_sources
+from ckptd.client.loading.loader import load, load_state_dict
 from ckptd.protocol.errors import Mismatch, MissingKeys, UnknownCheckpoint, Unsupported, WrongBits
 
 

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckptd.client import load_generic
-from ckptd.client.exchange import Patience, Place
-from ckptd.client.load_generic import load_with
+from ckptd.client.loading import generic as load_generic
+from ckptd.client.loading.generic import load_with
+from ckptd.client.session.exchange import Patience, Place
 from ckptd.protocol.errors import RankMismatch, UnknownCheckpoint, UserCodeFailed
 
 PATIENCE = Patience(step_s=20.0, silence_s=20.0, beat_s=0.05)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint, many_items
 
-from ckptd.client.flatten import flatten, top_level
-from ckptd.client.load_match import LoadRules, match
-from ckptd.client.load_report import Difference
+from ckptd.client.loading.match import LoadRules, match
+from ckptd.client.loading.report import Difference
+from ckptd.client.saving.flatten import flatten, top_level
 from ckptd.protocol.errors import Mismatch, MissingKeys, Unsupported
 
 INDEX, _ = make_checkpoint()

@@ -11,10 +11,10 @@ from support.checkpoints import make_checkpoint, write_checkpoint
 from support.meshes import as_rank, dtensor
 from torch.distributed.tensor import Shard
 
-from ckptd.client.flatten import flatten
-from ckptd.client.load import load_into
-from ckptd.client.load_match import LoadRules, match
-from ckptd.client.load_plan import LoadPlanner
+from ckptd.client.loading.load import load_into
+from ckptd.client.loading.match import LoadRules, match
+from ckptd.client.loading.plan import LoadPlanner
+from ckptd.client.saving.flatten import flatten
 from ckptd.protocol.errors import BadIndex, Mismatch, UnknownCheckpoint, Unsupported, WrongBits
 from ckptd.staging.dtypes import OBJECT
 

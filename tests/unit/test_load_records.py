@@ -11,12 +11,12 @@ import torch
 from support.clients import stock_load, stock_save
 from torch.testing._internal.common_dtype import all_types_complex_float8_and
 
-from ckptd.checkpoint.metadata import dtype_code
-from ckptd.checkpoint.open import read_index
-from ckptd.client import load_records
-from ckptd.client.load import load_into
-from ckptd.client.load_match import LoadRules
-from ckptd.client.load_records import place_in_record, with_places
+from ckptd.checkpoint.indexing.open import read_index
+from ckptd.checkpoint.stock.metadata import dtype_code
+from ckptd.client.loading import records as load_records
+from ckptd.client.loading.load import load_into
+from ckptd.client.loading.match import LoadRules
+from ckptd.client.loading.records import place_in_record, with_places
 from ckptd.staging.image import tensor_record
 
 DTYPES = all_types_complex_float8_and(
@@ -136,7 +136,7 @@ class TestACheckpoint:
 
     def test_loads_without_torch_reading_the_record(self, checkpoint, monkeypatch):
         path, saved = checkpoint
-        monkeypatch.setattr("ckptd.client.load_plan._load_record", None)
+        monkeypatch.setattr("ckptd.client.loading.plan._load_record", None)
         found = {"big": torch.zeros(200, 200)}
         report = load_into(found, path, rules=LoadRules())
         assert torch.equal(found["big"], saved["big"])

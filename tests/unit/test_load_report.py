@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ckptd.client.load_report import Difference, LoadReport
+from ckptd.client.loading.report import Difference, LoadReport
 
 
 def test_a_plain_load_is_one_short_line():

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptd.checkpoint.read import ReadCount
-from ckptd.checkpoint.read_files import Disk
-from ckptd.checkpoint.reading import lock_for_removal
-from ckptd.client import load_sources
-from ckptd.client.load_plan import LoadPlan
-from ckptd.client.load_sources import ONLY_DISK, Sources, bring, of_one_save
+from ckptd.checkpoint.folder.locks import lock_for_removal
+from ckptd.checkpoint.reading.files import Disk
+from ckptd.checkpoint.reading.read import ReadCount
+from ckptd.client.loading import sources as load_sources
+from ckptd.client.loading.plan import LoadPlan
+from ckptd.client.loading.sources import ONLY_DISK, Sources, bring, of_one_save
 from ckptd.protocol.errors import MissingFile, MissingKeys, Unsupported, WrongBits
 
 

@@ -13,8 +13,8 @@ import torch
 from support.clients import stock_save
 
 from ckptd import client
-from ckptd.client.futures import SaveFuture
 from ckptd.client.logging_handlers import EVENT_LOGGER_NAME, Phases, add_handler, note, remove_handler
+from ckptd.client.saving.futures import SaveFuture
 from ckptd.protocol.errors import DiskFull, MissingKeys, UnknownCheckpoint
 
 ROOT = Path(__file__).parents[2]

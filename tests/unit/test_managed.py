@@ -10,8 +10,8 @@ import pytest
 from support.managers import manager_at
 from support.waiting import PATIENCE_S
 
-from ckptd.daemon.config import Config
-from ckptd.daemon.managed import Managed, describe_work, log_formatter, on_hangup
+from ckptd.daemon.settings.config import Config
+from ckptd.daemon.systemd.managed import Managed, describe_work, log_formatter, on_hangup
 
 SAVE = {"state": "committed", "bytes_done": 10, "bytes_total": 10, "error": None, "started_unix_s": 1.0}
 

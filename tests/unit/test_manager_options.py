@@ -8,7 +8,7 @@ import pytest
 from support.managed import entry
 
 from ckptd.client import CheckpointManager, ManagerOptions
-from ckptd.client.manager_options import info_of
+from ckptd.client.manager.options import info_of
 from ckptd.protocol.errors import Unsupported
 from ckptd.protocol.retention_messages import Keep
 

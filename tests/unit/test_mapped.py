@@ -9,10 +9,10 @@ import platform
 import numpy as np
 import pytest
 
-from ckptd.checkpoint import mapped
-from ckptd.checkpoint.mapped import MappedFile
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read_blocks import LARGE_BLOCK_BYTES
+from ckptd.checkpoint.reading import mapped
+from ckptd.checkpoint.reading.blocks import LARGE_BLOCK_BYTES
+from ckptd.checkpoint.reading.mapped import MappedFile
+from ckptd.checkpoint.reading.pagecache import PageCacheProbe
 
 DATA = np.random.default_rng(0).bytes(3 * 4096 + 77)
 

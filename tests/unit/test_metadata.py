@@ -10,8 +10,8 @@ import torch
 from support.checkpoints import make_checkpoint, many_items
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from ckptd.checkpoint.metadata import dtype_code, to_metadata, torch_dtype
-from ckptd.checkpoint.metadata_pickle import encode_metadata
+from ckptd.checkpoint.stock.metadata import dtype_code, to_metadata, torch_dtype
+from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
 from ckptd.protocol.errors import Unsupported
 from ckptd.staging.dtypes import DTYPES, OBJECT
 

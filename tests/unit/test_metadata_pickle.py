@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptd.checkpoint import metadata_pickle
-from ckptd.checkpoint.columns import Index
-from ckptd.checkpoint.metadata_pickle import DCP_VERSION, encode_metadata
+from ckptd.checkpoint.indexing.columns import Index
+from ckptd.checkpoint.stock import metadata_pickle
+from ckptd.checkpoint.stock.metadata_pickle import DCP_VERSION, encode_metadata
 from ckptd.staging.dtypes import OBJECT, by_code
 
 

@@ -18,9 +18,9 @@ from support.checkpoints import as_dict, items_of, make_checkpoint, many_items
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as stock
 
-from ckptd.checkpoint.index import encode_index
-from ckptd.checkpoint.metadata_pickle import encode_metadata
-from ckptd.checkpoint.metadata_unpickle import decode_metadata
+from ckptd.checkpoint.indexing.index import encode_index
+from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
+from ckptd.checkpoint.stock.metadata_unpickle import decode_metadata
 from ckptd.protocol.errors import BadIndex, Unsupported
 from ckptd.staging.dtypes import OBJECT, by_name
 

@@ -5,10 +5,21 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptd import __version__
-from ckptd.daemon.labels import Kind, Memory, Outcome, Phase, Reason, Refusal, Role, SlotState, Volume, failure_kind
-from ckptd.daemon.metrics import CONTENT_TYPE, Live, Metrics
-from ckptd.daemon.usage import Usage
-from ckptd.daemon.volumes import Room
+from ckptd.daemon.monitoring.labels import (
+    Kind,
+    Memory,
+    Outcome,
+    Phase,
+    Reason,
+    Refusal,
+    Role,
+    SlotState,
+    Volume,
+    failure_kind,
+)
+from ckptd.daemon.monitoring.metrics import CONTENT_TYPE, Live, Metrics
+from ckptd.daemon.monitoring.usage import Usage
+from ckptd.daemon.monitoring.volumes import Room
 from ckptd.protocol.errors import (
     BadMessage,
     BadPlan,

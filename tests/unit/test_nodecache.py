@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ckptd.checkpoint.read import Read, read_all
-from ckptd.client.nodecache import NodeCache, Segment
+from ckptd.checkpoint.reading.read import Read, read_all
+from ckptd.client.loading.nodecache import NodeCache, Segment
 from ckptd.protocol.cache import (
     Begun,
     CacheLimits,

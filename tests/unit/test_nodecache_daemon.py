@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptd.daemon.config import Config
-from ckptd.daemon.jobfiles import JobFiles
-from ckptd.daemon.nodecache import NodeCache
+from ckptd.daemon.job.jobfiles import JobFiles
+from ckptd.daemon.job.nodecache import NodeCache
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.cache import FRAME_BYTES
 from ckptd.protocol.cache_messages import (
     CacheAnswer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptd.checkpoint.read_requests import CHUNK_BYTES
+from ckptd.checkpoint.reading.requests import CHUNK_BYTES
 from ckptd.protocol.cache import (
     FRAME_BYTES,
     Begun,

@@ -10,8 +10,8 @@ import time
 import pytest
 from support.managers import manager_at
 
-from ckptd.daemon import notify
-from ckptd.daemon.notify import Notifier, choose_listener, take_listeners, watchdog_s
+from ckptd.daemon.systemd import notify
+from ckptd.daemon.systemd.notify import Notifier, choose_listener, take_listeners, watchdog_s
 
 
 @pytest.fixture(params=["path", "abstract"])

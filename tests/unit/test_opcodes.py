@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ckptd.checkpoint.opcodes import Memo, get_each, push_each, push_int, push_text, ragged_rows, rows
+from ckptd.checkpoint.stock.opcodes import Memo, get_each, push_each, push_int, push_text, ragged_rows, rows
 
 
 def lines(matrix):

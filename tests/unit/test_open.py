@@ -7,8 +7,8 @@ import os
 import pytest
 from support.checkpoints import make_checkpoint, write_checkpoint
 
-from ckptd.checkpoint.metadata_pickle import encode_metadata
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
+from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
 from ckptd.protocol.errors import BadIndex, SystemCallFailed, UnknownCheckpoint
 
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from ckptd.checkpoint import pagecache
-from ckptd.checkpoint.pagecache import PageCacheProbe
+from ckptd.checkpoint.reading import pagecache
+from ckptd.checkpoint.reading.pagecache import PageCacheProbe
 
 PAGES = 64
 BYTES = PAGES * 4096

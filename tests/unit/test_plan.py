@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support.plans import Held, assigned_names, index_places, local_plan, rows
 
-from ckptd.checkpoint.index import check_index
-from ckptd.checkpoint.items import BALANCED, LOWEST_RANK
-from ckptd.checkpoint.plan import make_plan
+from ckptd.checkpoint.indexing.index import check_index
+from ckptd.checkpoint.planning.items import BALANCED, LOWEST_RANK
+from ckptd.checkpoint.planning.plan import make_plan
 from ckptd.protocol.errors import BadPlan
 from ckptd.staging.dtypes import OBJECT
 

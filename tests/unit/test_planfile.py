@@ -7,8 +7,8 @@ import pytest
 from support.checkpoints import as_dict
 from support.plans import Held, local_plan, rows
 
-from ckptd.checkpoint.plan import make_plan
-from ckptd.checkpoint.planfile import load_plan, store_plan
+from ckptd.checkpoint.planning.plan import make_plan
+from ckptd.checkpoint.planning.planfile import load_plan, store_plan
 from ckptd.protocol.errors import BadMessage
 
 PLAN = make_plan(

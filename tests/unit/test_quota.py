@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from ckptd.checkpoint import quota
-from ckptd.checkpoint.quota import QuotaRoom, quota_room
+from ckptd.checkpoint.space import quota
+from ckptd.checkpoint.space.quota import QuotaRoom, quota_room
 
 USER, GROUP, PROJECT = 0, 1, 2
 

@@ -12,11 +12,12 @@ import pytest
 from support.images import random_bytes
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint import read as read_module
-from ckptd.checkpoint import read_files, read_requests
-from ckptd.checkpoint.mapped import MappedFile
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read import Read, ReadCount, Rows, read_all
+from ckptd.checkpoint.reading import files as read_files
+from ckptd.checkpoint.reading import read as read_module
+from ckptd.checkpoint.reading import requests as read_requests
+from ckptd.checkpoint.reading.mapped import MappedFile
+from ckptd.checkpoint.reading.pagecache import PageCacheProbe
+from ckptd.checkpoint.reading.read import Read, ReadCount, Rows, read_all
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, WrongBits
 
 PAGE = 4096
@@ -410,7 +411,7 @@ class TestThePageCache:
     @pytest.fixture(params=["cachestat", "mincore"])
     def kernel(self, request, monkeypatch):
         if request.param == "mincore":
-            monkeypatch.setattr("ckptd.checkpoint.pagecache._CACHESTAT", None)
+            monkeypatch.setattr("ckptd.checkpoint.reading.pagecache._CACHESTAT", None)
         return request.param
 
     def test_what_was_just_written_is_cached_and_what_was_dropped_is_not(self, file, kernel):
@@ -440,7 +441,7 @@ class TestThePageCache:
         os.close(descriptor)
 
     def test_or_not_where_only_parts_can_be_asked_for(self, file, monkeypatch):
-        monkeypatch.setattr("ckptd.checkpoint.pagecache._CACHESTAT", None)
+        monkeypatch.setattr("ckptd.checkpoint.reading.pagecache._CACHESTAT", None)
         descriptor = os.open(file, os.O_RDONLY)
         probe = PageCacheProbe(descriptor, len(DATA))
         assert probe.is_all_or_nothing(0, len(DATA)) is None
@@ -456,7 +457,7 @@ class TestThePageCache:
         os.close(descriptor)
 
     def test_a_file_of_somebody_else_is_not_believed_to_be_cached(self, file, monkeypatch):
-        monkeypatch.setattr("ckptd.checkpoint.pagecache._CACHESTAT", None)
+        monkeypatch.setattr("ckptd.checkpoint.reading.pagecache._CACHESTAT", None)
         monkeypatch.setattr(os, "geteuid", lambda: os.stat(file).st_uid + 1)
         descriptor = os.open(file, os.O_RDONLY)
         probe = PageCacheProbe(descriptor, len(DATA))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ckptd.checkpoint.read_blocks import LARGE_BLOCK_BYTES, brings_every_block, whole_blocks
+from ckptd.checkpoint.reading.blocks import LARGE_BLOCK_BYTES, brings_every_block, whole_blocks
 
 BLOCK = LARGE_BLOCK_BYTES
 SLACK = BLOCK // 32

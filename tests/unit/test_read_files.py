@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from ckptd.checkpoint.mapped import MappedFile
-from ckptd.checkpoint.pagecache import PageCacheProbe
-from ckptd.checkpoint.read_files import DiskFile
+from ckptd.checkpoint.reading.files import DiskFile
+from ckptd.checkpoint.reading.mapped import MappedFile
+from ckptd.checkpoint.reading.pagecache import PageCacheProbe
 from ckptd.protocol.errors import SystemCallFailed
 
 DATA = np.random.default_rng(1).bytes(64 * 4096)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.images import random_bytes
 
-from ckptd.checkpoint import read_images
-from ckptd.checkpoint.mapped import MappedFile
-from ckptd.checkpoint.read import Read, ReadCount, Rows, read_all
-from ckptd.checkpoint.read_images import ImageFile
+from ckptd.checkpoint.reading import images as read_images
+from ckptd.checkpoint.reading.images import ImageFile
+from ckptd.checkpoint.reading.mapped import MappedFile
+from ckptd.checkpoint.reading.read import Read, ReadCount, Rows, read_all
 from ckptd.protocol.errors import SystemCallFailed, TruncatedFile
 
 BEGIN = 4096 + 512

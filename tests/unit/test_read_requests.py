@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ckptd.checkpoint import read_requests
-from ckptd.checkpoint.read_requests import GAP_SHARE, Piece, Read, Rows, requests_of
+from ckptd.checkpoint.reading import requests as read_requests
+from ckptd.checkpoint.reading.requests import GAP_SHARE, Piece, Read, Rows, requests_of
 
 KIB = 1024
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckptd.daemon.config import Config
-from ckptd.daemon.reload import LIVE, apply
+from ckptd.daemon.settings.config import Config
+from ckptd.daemon.settings.reload import LIVE, apply
 
 
 def test_every_live_setting_exists():

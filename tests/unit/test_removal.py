@@ -9,11 +9,11 @@ import shutil
 import pytest
 from support.managed import names, write_managed
 
-from ckptd.checkpoint import reading as reading_module
-from ckptd.checkpoint import removal
-from ckptd.checkpoint.pins import is_pinned, pin, unpin
-from ckptd.checkpoint.reading import lock_for_removal, reading
-from ckptd.checkpoint.removal import retain
+from ckptd.checkpoint.folder import locks as reading_module
+from ckptd.checkpoint.folder import removal
+from ckptd.checkpoint.folder.locks import lock_for_removal, reading
+from ckptd.checkpoint.folder.pins import is_pinned, pin, unpin
+from ckptd.checkpoint.folder.removal import retain
 from ckptd.protocol.errors import SystemCallFailed, UnknownCheckpoint
 from ckptd.protocol.retention_messages import Keep, RetainTask
 

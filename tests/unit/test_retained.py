@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.read import Read, ReadCount
-from ckptd.client import retained
-from ckptd.client.retained import open_retained
+from ckptd.checkpoint.reading.read import Read, ReadCount
+from ckptd.client.loading import retained
+from ckptd.client.loading.retained import open_retained
 from ckptd.protocol.errors import Forbidden
 from ckptd.protocol.messages import PROTOCOL_VERSION, Refused, decode_attach_request, encode
 from ckptd.protocol.retained import OpenRetained, RetainedClosed, RetainedImage, RetainedOpened
@@ -129,7 +129,7 @@ def test_what_does_not_count_is_not_handed_on_and_told(daemon, arena, what, outc
         write_slot_state(arena, 1, SlotState.RETAINED, 9)
     elif what == "file":
         wanted[0].file = "/run/a/__1_0.distcp"
-    with caplog.at_level("INFO", "ckptd.client.retained"):
+    with caplog.at_level("INFO", "ckptd.client.loading.retained"):
         assert save.read(wanted) is None
     daemon.close()
     assert daemon.heard[1] == RetainedClosed(PROTOCOL_VERSION, outcome, 0)

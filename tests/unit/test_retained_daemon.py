@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptd.daemon import retained
-from ckptd.daemon.retained import open_images
-from ckptd.daemon.sessions import ArenaFile, Peer
+from ckptd.daemon.job import retained
+from ckptd.daemon.job.retained import open_images
+from ckptd.daemon.session.sessions import ArenaFile, Peer
 from ckptd.protocol.messages import ATTACH_FRAME_LIMIT_BYTES, encode
 from ckptd.protocol.retained import IMAGES_AT_MOST, OpenRetained, RetainedImage, RetainedOpened
 from ckptd.staging.arena import SlotState, create_arena, open_arena, write_slot_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from support.managed import entry
 
-from ckptd.checkpoint.retention import choose_removals
+from ckptd.checkpoint.folder.retention import choose_removals
 from ckptd.protocol.retention_messages import Keep
 
 

@@ -8,13 +8,13 @@ from contextlib import closing
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ckptd.daemon import jobs as daemon_job
-from ckptd.daemon.config import Config
-from ckptd.daemon.crew import JobContext
-from ckptd.daemon.job_log import JobLog
-from ckptd.daemon.journal import Journal
-from ckptd.daemon.metrics import Live, Metrics
-from ckptd.daemon.retention import Retention
+from ckptd.daemon.job import jobs as daemon_job
+from ckptd.daemon.job.crew import JobContext
+from ckptd.daemon.job.retention import Retention
+from ckptd.daemon.monitoring.metrics import Live, Metrics
+from ckptd.daemon.recovery.job_log import JobLog
+from ckptd.daemon.recovery.journal import Journal
+from ckptd.daemon.settings.config import Config
 from ckptd.protocol.errors import WorkerDied
 from ckptd.protocol.retention_messages import Keep, RetainDone
 

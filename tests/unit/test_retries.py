@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.daemon import retries
-from ckptd.daemon.config import Config
-from ckptd.daemon.retries import Retrying
+from ckptd.daemon.settings.config import Config
+from ckptd.daemon.workers import retries
+from ckptd.daemon.workers.retries import Retrying
 from ckptd.protocol.errors import BadIndex, DiskFull, RankFailed, SystemCallFailed, WorkerDied
 from ckptd.protocol.messages import DiscardDone, DiscardTask
 from ckptd.protocol.transient import TRANSIENT_ERRNOS, Backoff, is_transient

@@ -1,4 +1,4 @@
-from ckptd.daemon.rhythm import Rhythm
+from ckptd.daemon.monitoring.rhythm import Rhythm
 
 
 def committed(*times_s):

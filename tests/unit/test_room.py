@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from ckptd.checkpoint import room as room_module
 from ckptd.checkpoint.names import hidden_directory
-from ckptd.checkpoint.quota import QuotaRoom
-from ckptd.checkpoint.room import Claim, Room, check_room, find_room
-from ckptd.client.room import claim_room
+from ckptd.checkpoint.space import room as room_module
+from ckptd.checkpoint.space.quota import QuotaRoom
+from ckptd.checkpoint.space.room import Claim, Room, check_room, find_room
+from ckptd.client.saving.room import claim_room
 from ckptd.protocol.errors import DiskFull
 
 PAGE = 4096

@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 from support.waiting import PATIENCE_S
 
-from ckptd.daemon.router import Router
+from ckptd.daemon.session.router import Router
 from ckptd.protocol.errors import WrongToken
 
 

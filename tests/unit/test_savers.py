@@ -11,8 +11,8 @@ from support.clients import stock_load
 from support.writers import Doubling, Failing, PickleWriter, read_back
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ckptd.checkpoint.handover import UserSave
-from ckptd.checkpoint.savers import save_all
+from ckptd.checkpoint.user_code.handover import UserSave
+from ckptd.checkpoint.user_code.savers import save_all
 from ckptd.protocol.errors import UserCodeFailed
 
 CALLS = ["reset", "set_up_storage_writer", "prepare_local_plan", "prepare_global_plan", "write_data", "finish"]

@@ -11,9 +11,9 @@ import torch
 from support.managed import spoil, write_managed
 from support.stock import save_stock
 
-from ckptd.checkpoint import scrub as scrub_module
-from ckptd.checkpoint.open import read_index
-from ckptd.checkpoint.scrub import scrub
+from ckptd.checkpoint.folder import scrub as scrub_module
+from ckptd.checkpoint.folder.scrub import scrub
+from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.daemon.cli import app
 from ckptd.protocol.errors import WrongBits

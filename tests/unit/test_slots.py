@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.plans import Held, local_plan
 
-from ckptd.client.layout import make_rank_layout
-from ckptd.client.slots import Slots
+from ckptd.client.saving.layout import make_rank_layout
+from ckptd.client.saving.slots import Slots
 from ckptd.protocol.errors import DaemonLost, SaveSkipped, SlotsBusy
 from ckptd.staging.arena import ArenaView, SlotState, create_arena, read_slot, write_slot_state
 

@@ -12,7 +12,7 @@ import torch
 from support.meshes import as_rank, dtensor
 from torch.distributed.tensor import Shard
 
-from ckptd.client.snapshot import Snapshot, make_local_plan, object_bytes, state_of, take_snapshot
+from ckptd.client.saving.snapshot import Snapshot, make_local_plan, object_bytes, state_of, take_snapshot
 from ckptd.protocol.errors import Unsupported
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ckptd.daemon.sparing import Sparing
+from ckptd.daemon.http.sparing import Sparing
 
 
 class Maker:

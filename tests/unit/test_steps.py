@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.managed import entry
 
+from ckptd.checkpoint.folder.steps import newest_first, step_name, step_of
 from ckptd.checkpoint.names import (
     hidden_directory,
     is_checkpoint_file,
@@ -12,7 +13,6 @@ from ckptd.checkpoint.names import (
     removed_directory,
     unfinished_save,
 )
-from ckptd.checkpoint.steps import newest_first, step_name, step_of
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as stock
 from support.backends import files_in, load, loaded, play_ranks, save, small_state
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ckptd.checkpoint import commit
+from ckptd.checkpoint.publishing import commit
 from ckptd.checkpoint.storage import hidden_directory, posix_sink
 from ckptd.checkpoint.storage.filesystem import FileSystemReader, FileSystemWriter
 from ckptd.checkpoint.storage.threads import run_all

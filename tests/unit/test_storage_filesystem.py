@@ -29,8 +29,8 @@ from torch.distributed.checkpoint._extension import ZStandard as StockZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
 
-from ckptd.checkpoint import commit
-from ckptd.checkpoint.open import read_index
+from ckptd.checkpoint.indexing.open import read_index
+from ckptd.checkpoint.publishing import commit
 from ckptd.checkpoint.storage.filesystem import FileSystemReader, FileSystemWriter
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import CheckpointExists, UnknownCheckpoint, Unsupported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ckptd.checkpoint.texts import pack_texts, unpack_texts, with_room
+from ckptd.checkpoint.indexing.texts import pack_texts, unpack_texts, with_room
 
 TABLES = {
     "none": [],

@@ -1,6 +1,6 @@
 import pytest
 
-from ckptd.daemon.timeline import Timeline
+from ckptd.daemon.monitoring.timeline import Timeline
 
 
 class Clock:

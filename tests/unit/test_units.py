@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.daemon.config import Config, _checked
-from ckptd.daemon.reload import LIVE
-from ckptd.daemon.sample import meanings, sample_config
-from ckptd.daemon.units import Layout, closed_directories, interpreter_of, planned, render, shipped
+from ckptd.daemon.settings.config import Config, _checked
+from ckptd.daemon.settings.reload import LIVE
+from ckptd.daemon.settings.sample import meanings, sample_config
+from ckptd.daemon.systemd.units import Layout, closed_directories, interpreter_of, planned, render, shipped
 
 SHIPPED = Path(__file__).parents[2] / "systemd"
 ODD = '/opt/a b/100%/"x"/$HOME/python\\3'
 
 
 def test_the_shipped_sample_is_made_from_the_settings():
-    remedy = "run `.venv/bin/python -m ckptd.daemon.sample > systemd/ckptd.toml`"
+    remedy = "run `.venv/bin/python -m ckptd.daemon.settings.sample > systemd/ckptd.toml`"
     assert (SHIPPED / "ckptd.toml").read_text() == sample_config(), remedy
     assert shipped("ckptd.toml") == sample_config()
 

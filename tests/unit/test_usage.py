@@ -5,8 +5,8 @@ import psutil
 import pytest
 from support.waiting import wait_until
 
-from ckptd.daemon import usage
-from ckptd.daemon.usage import UsageMeter
+from ckptd.daemon.monitoring import usage
+from ckptd.daemon.monitoring.usage import UsageMeter
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptd.checkpoint.user_data import MOST_BYTES, USER_DATA, UserData, decode_user_data
+from ckptd.checkpoint.folder.user_data import MOST_BYTES, USER_DATA, UserData, decode_user_data
 from ckptd.protocol.errors import Unsupported
 
 

@@ -12,8 +12,8 @@ import xxhash
 from support.checkpoints import FILES, many_items, write_checkpoint
 
 from ckptd.checkpoint import verify
-from ckptd.checkpoint.index import encode_index
-from ckptd.checkpoint.metadata_pickle import encode_metadata
+from ckptd.checkpoint.indexing.index import encode_index
+from ckptd.checkpoint.stock.metadata_pickle import encode_metadata
 from ckptd.checkpoint.verify import verify_checkpoint
 from ckptd.protocol.errors import MissingFile, SystemCallFailed, TruncatedFile, UnknownCheckpoint, WrongBits
 

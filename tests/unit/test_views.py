@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.plans import Held, local_plan
 
-from ckptd.checkpoint.layout import item_record, make_layout
-from ckptd.checkpoint.metadata import torch_dtype
+from ckptd.checkpoint.image.layout import item_record, make_layout
+from ckptd.checkpoint.stock.metadata import torch_dtype
 from ckptd.staging.dtypes import DTYPES, OBJECT
 from ckptd.staging.image import scalar_record
 from ckptd.staging.views import DressedSlot, Placed

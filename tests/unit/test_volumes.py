@@ -6,7 +6,7 @@ import time
 import pytest
 from support.waiting import wait_until
 
-from ckptd.daemon.volumes import Room, VolumeWatch, look_at
+from ckptd.daemon.monitoring.volumes import Room, VolumeWatch, look_at
 
 
 class Disk:

@@ -3,9 +3,9 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ckptd.daemon.generation import Generation
-from ckptd.daemon.metrics import Live, Metrics
-from ckptd.daemon.watch import SaveWatch
+from ckptd.daemon.job.generation import Generation
+from ckptd.daemon.monitoring.metrics import Live, Metrics
+from ckptd.daemon.monitoring.watch import SaveWatch
 from ckptd.protocol.errors import DiskFull, SaveSkipped
 from ckptd.protocol.messages import Sealed, WriteDone
 from ckptd.protocol.save import SaveRules

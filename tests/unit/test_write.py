@@ -11,8 +11,8 @@ import pytest
 from support.images import aligned, random_bytes, takes_direct
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.frame import frame_hash, frame_ranges
-from ckptd.checkpoint.write import Pace, Payloads, Writing, write_image
+from ckptd.checkpoint.image.frame import frame_hash, frame_ranges
+from ckptd.checkpoint.image.write import Pace, Payloads, Writing, write_image
 from ckptd.protocol.errors import DiskFull, SystemCallFailed
 
 PAGE = 4096

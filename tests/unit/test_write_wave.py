@@ -12,11 +12,11 @@ from support.images import aligned, random_bytes, takes_direct
 from support.plans import Held, local_plan, make_image
 from xxhash import xxh3_64_intdigest
 
-from ckptd.checkpoint.plan import make_plan
-from ckptd.checkpoint.planfile import store_plan
-from ckptd.checkpoint.write import Pace
-from ckptd.checkpoint.write_wave import Place, finish_waves, write_wave
-from ckptd.daemon.worker import _finish_waves
+from ckptd.checkpoint.image.write import Pace
+from ckptd.checkpoint.image.write_wave import Place, finish_waves, write_wave
+from ckptd.checkpoint.planning.plan import make_plan
+from ckptd.checkpoint.planning.planfile import store_plan
+from ckptd.daemon.workers.worker import _finish_waves
 from ckptd.protocol.errors import BadMessage, DiskFull, SystemCallFailed, TruncatedFile
 from ckptd.protocol.wave_messages import FinishWavesTask
 

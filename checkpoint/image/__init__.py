@@ -1,0 +1,1 @@
+"""One rank's image: its byte order, and how it is written and hashed."""

@@ -1,0 +1,1 @@
+"""Who writes what: local items, the global plan, and whether chunks tile their tensors."""

@@ -1,0 +1,1 @@
+"""How a checkpoint appears under its name in one step, and what becomes of what lay there or was left behind."""

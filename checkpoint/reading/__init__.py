@@ -1,0 +1,1 @@
+"""Byte ranges of a checkpoint's files into memory: merged, in parallel, verified."""

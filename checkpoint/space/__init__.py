@@ -1,0 +1,1 @@
+"""Room and quota on the volume of a checkpoint."""

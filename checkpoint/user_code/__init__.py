@@ -1,0 +1,1 @@
+"""Users' own planners and storage writers: handed over, and run by one process for all ranks."""

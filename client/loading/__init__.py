@@ -1,0 +1,1 @@
+"""`load`: what is wanted against what is there, from where its bytes come, and what it did."""

@@ -1,0 +1,1 @@
+"""What outlives the daemon, and how its successor takes it up: journal, directories, adoption."""

@@ -1,0 +1,1 @@
+"""The daemon as a service: notification, watchdog, and the unit files that are installed."""
