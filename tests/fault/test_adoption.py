@@ -7,6 +7,7 @@ import signal
 import pytest
 from support.clients import assert_holds
 from support.processes import stopped, wait_gone
+from support.trees import below
 from support.waiting import wait_until
 
 
@@ -44,13 +45,13 @@ def test_a_living_trainer_goes_on_with_the_successor(start_daemon, trainers, tmp
     assert_holds(tmp_path / "b", value=2.0)
     assert trainer.get("session.live and session.incarnation == 1 and session.daemon_pid") == successor.pid
     # It saves on in the same session and the same arena, under the same plan.
-    [arena] = successor.runtime.arenas.rglob("*.arena")
+    [arena] = below(successor.runtime.arenas, "*.arena")
     for value in (3.0, 4.0, 5.0):
         trainer.do(f"dcp.save(state(value={value}), checkpoint_id=path)", path=str(tmp_path / f"{value}"))
         assert_holds(tmp_path / f"{value}", value=value)
-    assert list(successor.runtime.arenas.rglob("*.arena")) == [arena]
+    assert below(successor.runtime.arenas, "*.arena") == [arena]
     assert successor.metric('ckptd_phase_seconds_count{phase="plan"}') >= 3
-    assert len(list(successor.runtime.arenas.rglob("*.plan"))) == 1
+    assert len(below(successor.runtime.arenas, "*.plan")) == 1
     daemon.runtime.daemon_was_killed = False
 
 
@@ -294,7 +295,7 @@ def test_an_arena_that_its_trainer_removed_for_want_of_a_daemon_is_not_missed(st
     kill_all(daemon)
     wait_until(lambda: trainer.get("session._link.resuming"), "the trainer's notice")
     successor = start_daemon(retain_s=60.0)
-    [arena] = successor.runtime.arenas.rglob("*.arena")
+    [arena] = below(successor.runtime.arenas, "*.arena")
     arena.unlink()  # as the trainer does if it ends just before its daemon's successor has begun
     trainer.do("session.close()")
     late = trainers.start()

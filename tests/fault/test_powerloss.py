@@ -12,6 +12,7 @@ from support.powerloss import Recording, Rename, Sync, Write, record, snapshot
 from support.sabotage import sabotage
 from support.savedsteps import RecordedSave
 from support.strace import lines, traced
+from support.trees import below
 from support.waiting import wait_until
 
 from ckptd.checkpoint.names import split_hidden
@@ -62,7 +63,7 @@ def recorded(start_daemon, client, tmp_path):
         with traced([worker, daemon.pid], log, inject=options.get("inject", [])):
             error = client.async_save(state(value=2.0), checkpoint_id=path).exception(30)
             assert (error is not None) is save.fails, error
-            wait_until(lambda: not list(root.rglob(".*.ckptd-*")), "no leftovers")
+            wait_until(lambda: not below(root, ".*.ckptd-*"), "no leftovers")
         assert dead is None or dead.exists()
         save.take(record(save.steps, [text for _, text in lines(log)]))
         return save

@@ -11,6 +11,7 @@ from support.nursery import state
 from support.processes import stopped, wait_gone
 from support.strace import traced
 from support.trainers import Ranks, TrainerRaised
+from support.trees import below
 from support.waiting import wait_until
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ def test_shared_memory_that_is_too_small_is_refused_before_anything_is_made(moun
     assert cause == "shm_too_small"
     assert str(shm) in text
     assert re.search(r"needs \d{8} bytes .* has \d{7} free", text)
-    assert list(daemon.runtime.arenas.rglob("*.arena")) == []
+    assert below(daemon.runtime.arenas, "*.arena") == []
     assert not (tmp_path / "a").exists()
     assert not list(tmp_path.glob(".a*"))
     assert session.live
@@ -81,7 +82,7 @@ def test_of_two_ranks_that_ask_at_once_for_room_for_one_exactly_one_is_served(mo
         [refused] = [text for text in ranks.get("refused") if text is not None]
         assert f"needs {12 * MIB + 4096} bytes" in refused
         ranks.do("if refused is None:\n    session.close()")
-        wait_until(lambda: not list(daemon.runtime.arenas.rglob("*.arena")), "the end of the one that was made")
+        wait_until(lambda: not below(daemon.runtime.arenas, "*.arena"), "the end of the one that was made")
 
 
 def test_a_state_that_grows_needs_no_room_for_the_arena_it_had_before(mounts, start_daemon, client, tmp_path):
@@ -161,7 +162,7 @@ def test_a_full_disk_is_refused_before_anything_is_staged(mounts, daemon, client
     cause, text = failed(client, disk / "deep" / "er" / "new", mib=8)
     assert cause == "disk_full"
     assert f"{disk}: " in text
-    assert list(daemon.runtime.arenas.rglob("*.arena")) == []
+    assert below(daemon.runtime.arenas, "*.arena") == []
     assert list(disk.iterdir()) == []
 
 

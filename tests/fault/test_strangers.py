@@ -13,6 +13,7 @@ from support.memory import ABSENT, SERVED
 from support.mounts import need_root
 from support.processes import stopped
 from support.trainers import TrainerRaised
+from support.trees import below
 from support.waiting import wait_until
 
 from ckptd.protocol import messages
@@ -186,7 +187,7 @@ def test_a_foreign_runtime_directory_is_not_used(runtime, trainers):
 def test_arenas_are_for_their_owner_alone(daemon, trainers, tmp_path):
     trainer = trainers.start()
     trainer.do("dcp.save(state(), checkpoint_id=path)", path=str(tmp_path / "a"))
-    arenas = list(daemon.runtime.arenas.rglob("*.arena"))
+    arenas = below(daemon.runtime.arenas, "*.arena")
     assert arenas
     assert {arena.stat().st_mode & 0o777 for arena in arenas} == {0o600}
     assert {arena.parent.stat().st_mode & 0o777 for arena in arenas} == {0o700}

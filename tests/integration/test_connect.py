@@ -9,6 +9,7 @@ import torch
 from support.clients import assert_holds
 from support.nursery import state
 from support.processes import stopped
+from support.trees import below
 from support.waiting import wait_until
 
 from ckptd.protocol.errors import DaemonUnavailable, SaveSkipped, SlotsBusy, Unsupported
@@ -28,13 +29,13 @@ def test_connect_with_a_state_dict_makes_plan_and_arena_ahead(daemon, client, tm
     assert (rank["rank"], rank["pid"]) == (0, os.getpid())
     assert [slot["state"] for slot in rank["slots"]] == ["free", "free"]
     assert rank["slot_bytes"] >= 4 << 20
-    [arena] = daemon.runtime.arenas.rglob("*.arena")
+    [arena] = below(daemon.runtime.arenas, "*.arena")
     assert arena.stat().st_blocks * 512 >= 2 * (4 << 20)  # its pages are there before the first save
     with stopped(*daemon.workers()):  # nobody is left who could plan
         future = client.async_save(state(4, 2.0), checkpoint_id=tmp_path / "a")
         assert future.state == "staged"
     future.result(30)
-    assert list(daemon.runtime.arenas.rglob("*.arena")) == [arena]
+    assert below(daemon.runtime.arenas, "*.arena") == [arena]
     assert session.live
     assert_holds(tmp_path / "a", mib=4, value=2.0)
 
@@ -146,7 +147,7 @@ def test_a_closed_session_gives_its_memory_back(daemon, client, tmp_path):
     assert mapped()
     session.close()
     assert not mapped()
-    wait_until(lambda: not list(daemon.runtime.arenas.rglob("*.arena")), "the removal of the arena")
+    wait_until(lambda: not below(daemon.runtime.arenas, "*.arena"), "the removal of the arena")
     client.save(state(8, 2.0), checkpoint_id=tmp_path / "a", no_dist=True)
     assert_holds(tmp_path / "a", mib=8, value=2.0)
 

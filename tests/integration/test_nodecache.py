@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.trees import below
 from support.waiting import wait_until
 
 MIB = 1 << 20
@@ -48,7 +49,7 @@ def forget_pages(folder):
 
 def segments(daemon):
     """Return the shared segments that the daemon has."""
-    return list(daemon.runtime.arenas.rglob("cache-*"))
+    return below(daemon.runtime.arenas, "cache-*")
 
 
 def test_four_ranks_read_a_replicated_checkpoint_once(saved):

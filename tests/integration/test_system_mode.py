@@ -12,6 +12,7 @@ from support.managed import names, write_managed
 from support.memory import ABSENT, LOAD, SERVED, VALUES, values
 from support.mounts import need_root
 from support.trainers import Nursery, Trainers
+from support.trees import below
 from support.users import NOBODY, open_interpreter
 from support.waiting import wait_until
 
@@ -55,7 +56,7 @@ def test_a_users_save_is_written_as_that_user(system_daemon, user, users_folder)
     assert set(psutil.Process(worker).uids()) == {NOBODY}
     assert set(psutil.Process(worker).gids()) == {NOBODY}
     assert psutil.Process(system_daemon.pid).uids().real == 0
-    for arena in system_daemon.runtime.arenas.rglob("*.arena"):
+    for arena in below(system_daemon.runtime.arenas, "*.arena"):
         assert (arena.stat().st_uid, arena.stat().st_mode & 0o777) == (NOBODY, 0o600)
     [job] = system_daemon.status()["jobs"]
     assert job["uid"] == NOBODY

@@ -5,6 +5,7 @@ import torch
 from support.clients import assert_holds, stock_load
 from support.nursery import state
 from support.states import assert_same, blank, everything
+from support.trees import below
 
 from ckptd.checkpoint.indexing.open import read_index
 
@@ -23,7 +24,7 @@ def hashes(path):
 
 
 def arena_bytes(daemon):
-    return sum(path.stat().st_size for path in daemon.runtime.arenas.rglob("*.arena"))
+    return sum(path.stat().st_size for path in below(daemon.runtime.arenas, "*.arena"))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import is_daemon, processes_of, wait_gone
+from support.trees import below
 from support.waiting import PATIENCE_S, wait_readable, wait_until
 
 from ckptd.client.session import sessions
@@ -68,7 +69,7 @@ class Runtime:
 
     def litter(self):
         """Return the hidden directories of saves that were neither published nor removed."""
-        return [str(path) for root in self.watched for path in Path(root).rglob(".*.ckptd-*")]
+        return [str(path) for root in self.watched for path in below(root, ".*.ckptd-*")]
 
     def close(self):
         """End what still runs here and complain about everything that was left behind."""

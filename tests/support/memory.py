@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from support.trees import below
+
 SERVED = 'ckptd_memory_loads_total{memory="served"}'
 ABSENT = 'ckptd_memory_loads_total{memory="absent"}'
 OVERWRITTEN = 'ckptd_memory_loads_total{memory="overwritten"}'
@@ -29,4 +31,4 @@ def spoil(checkpoint):
 
 def arenas(daemon):
     """The files of all arenas of a daemon."""
-    return list(daemon.runtime.arenas.rglob("*.arena"))
+    return below(daemon.runtime.arenas, "*.arena")

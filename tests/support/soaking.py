@@ -6,7 +6,6 @@ in order to be right: the random pauses only spread the kills.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
@@ -20,6 +19,7 @@ from support.clients import stock_load
 from support.daemons import Daemon
 from support.processes import processes_of, wait_gone
 from support.trainers import Ranks, TrainerDied, Trainers
+from support.trees import below
 from support.waiting import wait_until
 
 import ckptd.client
@@ -203,8 +203,8 @@ class Soak:
 
     def _sample(self):
         process = psutil.Process(self._daemon.pid)
-        shm = sum(f.stat().st_blocks * 512 for f in self._runtime.arenas.rglob("*") if f.is_file())
-        journal = sum(f.stat().st_size for f in self._runtime.journals().rglob("*") if f.is_file())
+        shm = sum(f.stat().st_blocks * 512 for f in below(self._runtime.arenas) if f.is_file())
+        journal = sum(f.stat().st_size for f in below(self._runtime.journals()) if f.is_file())
         return Sample(process.memory_info().rss, process.num_fds(), shm, journal)
 
 
@@ -231,7 +231,7 @@ def load(state, path):
 
 def leftovers(runtime):
     """Return what a closed soak has left: processes and files."""
-    arenas = list(runtime.arenas.rglob("*")) if os.path.exists(runtime.arenas) else []
+    arenas = below(runtime.arenas)
     return [*processes_of(runtime.path), *map(str, arenas)]
 
 
