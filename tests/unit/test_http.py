@@ -108,7 +108,7 @@ def test_the_pages_files_come_whole_and_under_a_strict_policy(path, content_type
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
-    wanted = files("ckptd.daemon").joinpath("web", path.strip("/") or "page.html").read_text()
+    wanted = files("ckptd.daemon.http").joinpath("web", path.strip("/") or "page.html").read_text()
     begin, _, end = wanted.partition(">null</script>")
     assert body.startswith(begin)
     assert body.endswith(end)
@@ -124,7 +124,7 @@ def test_the_page_comes_with_the_state_and_no_name_ends_the_data():
 
 @pytest.mark.parametrize("name", ["page.html", "page.css", "page.js", "icon.svg"])
 def test_the_page_loads_nothing_from_elsewhere_and_makes_no_markup_from_text(name):
-    text = files("ckptd.daemon").joinpath("web", name).read_text()
+    text = files("ckptd.daemon.http").joinpath("web", name).read_text()
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.-]+\.\w+", text)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=\"", text)
     assert "@import" not in text
