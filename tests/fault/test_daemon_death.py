@@ -65,7 +65,7 @@ def test_a_trainer_hears_of_a_daemon_that_no_other_follows_and_saves_with_a_new_
     trainer.do("future = dcp.async_save(state(value=3.0), checkpoint_id=path)", path=path)
     assert trainer.get("outcome(future)") == "committed"
     assert_holds(tmp_path / "a", value=3.0)
-    assert trainer.get("next(iter(dcp.sessions._sessions.values())).daemon_pid") != first
+    assert trainer.get("next(iter(dcp.session.sessions._sessions.values())).daemon_pid") != first
 
 
 @pytest.mark.parametrize("waiting_for", ["a plan", "a slot", "an arena"])
