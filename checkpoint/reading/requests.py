@@ -211,3 +211,20 @@ def _requests_of_rows(numbers: Sequence[int], wanted: Sequence[Read]) -> list[Re
         for at, *blocks in zip(places, first.tolist(), last.tolist(), strict=True):
             requests[at] = replace(requests[at], blocks=(blocks[0], blocks[1]))
     return requests
+
+
+def pieces_in_steps(pieces: Sequence[Piece], step_bytes: int) -> Iterator[list[Piece]]:
+    """Cut a request's pieces into groups that reach over a step at most, or are one piece alone.
+
+    Args:
+        pieces: In the order of their first bytes.
+        step_bytes: Length of a step.
+    """
+    group: list[Piece] = []
+    for piece in pieces:
+        if group and piece.end - group[0].begin > step_bytes:
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group

@@ -86,7 +86,7 @@ class RetainedSave:
         outcome: Outcome = "damaged"
         count = None
         try:
-            found = read_all(reads, source=self)
+            found = read_all(reads, source=self, in_memory=True)
             # The owner says so before it changes a byte, so what was read before this look is what was committed.
             if all(held.is_intact() for held in self._images.values()):
                 count, outcome = found, "served"
