@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +45,9 @@ def measure_limits(nbytes: int, directory: Path, *, repeats: int, tell: Callable
         tell: Called with what comes next.
     """
     nbytes = -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
-    result = LimitsResult(nbytes=nbytes, memcpy_s=[], write_s=[], write_cpu_s=[], read_s=[], slowdowns=[])
+    result = LimitsResult(
+        nbytes=nbytes, memcpy_s=[], memcpy_cpu_s=[], write_s=[], write_cpu_s=[], read_s=[], slowdowns=[]
+    )
     tell("touching memory")
     private = _private_memory(nbytes)
     _fill(private)
@@ -56,7 +58,9 @@ def measure_limits(nbytes: int, directory: Path, *, repeats: int, tell: Callable
     path = directory / "limit"
     for number in range(repeats):
         tell(f"repetition {number + 1} of {repeats}")
+        cpu_begun_s = time.process_time()
         result.memcpy_s.append(_timed(lambda: _copy(private, shared)))
+        result.memcpy_cpu_s.append(time.process_time() - cpu_begun_s)
         cpu_begun_s = time.process_time()
         result.write_s.append(_write(path, shared))
         result.write_cpu_s.append(time.process_time() - cpu_begun_s)
@@ -82,17 +86,14 @@ class PairedLimits:
         self.memcpy_s()  # touches the target
 
     def memcpy_s(self) -> float:
-        """Return the seconds of one memmove for each tensor, into touched shared memory."""
+        """Return the seconds of one memmove for each tensor, into touched shared memory, by all cores."""
         at, blocks = _address(self._target), []
         for tensor in self._tensors:
             blocks.append((at, tensor.data_ptr(), tensor.nbytes))
             at += tensor.nbytes
 
-        def copy() -> None:
-            for block in blocks:
-                ctypes.memmove(*block)
-
-        return _timed(copy)
+        left = iter(blocks)
+        return _timed(lambda: _in_threads(lambda _thread: _copy_blocks(left)))
 
     def write_s(self) -> float:
         """Return the seconds of a raw write of as many bytes."""
@@ -138,7 +139,21 @@ def _fill(memory: mmap.mmap) -> None:
 
 
 def _copy(source: mmap.mmap, target: mmap.mmap) -> None:
-    ctypes.memmove(_address(target), _address(source), len(source))
+    """Copy by all cores: on few of them one alone does not reach what the memory gives."""
+
+    def copy(_thread: int, begin: int, end: int) -> None:
+        ctypes.memmove(_address(target) + begin, _address(source) + begin, end - begin)
+
+    _in_chunks(len(source), copy, threads=_copiers())
+
+
+def _copy_blocks(blocks: Iterator[tuple[int, int, int]]) -> None:
+    for block in blocks:
+        ctypes.memmove(*block)
+
+
+def _copiers() -> int:
+    return min(_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _address(memory: mmap.mmap) -> int:
@@ -207,7 +222,7 @@ def _huge_pages() -> memoryview:
     return memoryview(memory)[begin : begin + _CHUNK_BYTES]
 
 
-def _in_chunks(nbytes: int, perform: Callable[[int, int, int], None]) -> None:
+def _in_chunks(nbytes: int, perform: Callable[[int, int, int], None], *, threads: int = _THREADS) -> None:
     """Call ``perform(thread, begin, end)`` for each chunk, from several threads."""
     begins = iter(range(0, nbytes, _CHUNK_BYTES))
     lock = threading.Lock()
@@ -220,6 +235,11 @@ def _in_chunks(nbytes: int, perform: Callable[[int, int, int], None]) -> None:
                 return
             perform(thread, begin, min(begin + _CHUNK_BYTES, nbytes))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done in [pool.submit(run, thread) for thread in range(_THREADS)]:
+    _in_threads(run, threads=threads)
+
+
+def _in_threads(run: Callable[[int], None], *, threads: int | None = None) -> None:
+    """Call ``run(thread)`` in several threads at once; as many as copy if not said."""
+    with ThreadPoolExecutor(threads or _copiers()) as pool:
+        for done in [pool.submit(run, thread) for thread in range(threads or _copiers())]:
             done.result()

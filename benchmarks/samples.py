@@ -142,6 +142,7 @@ class LimitsResult(Sample, frozen=True):
 
     nbytes: int
     memcpy_s: list[float]
+    memcpy_cpu_s: list[float]
     write_s: list[float]
     write_cpu_s: list[float]
     read_s: list[float]

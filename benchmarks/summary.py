@@ -73,6 +73,7 @@ class LimitsSummary(msgspec.Struct, frozen=True, kw_only=True):
     """The machine."""
 
     memcpy_gb_per_s: float
+    memcpy_cpu_s_per_gb: float
     write_gb_per_s: float
     write_cpu_s_per_gb: float
     read_gb_per_s: float
@@ -89,7 +90,7 @@ class LimitsSummary(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cpu_s_per_gb(self) -> float:
         """CPU-seconds of one memcpy and one raw write of a GB."""
-        return 1 / self.memcpy_gb_per_s + self.write_cpu_s_per_gb
+        return self.memcpy_cpu_s_per_gb + self.write_cpu_s_per_gb
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,6 +201,7 @@ def _summarize_limits(rounds: list[LimitsResult]) -> LimitsSummary:
     gigabytes = rounds[0].nbytes / 1e9
     return LimitsSummary(
         memcpy_gb_per_s=gigabytes / median(s for result in rounds for s in result.memcpy_s),
+        memcpy_cpu_s_per_gb=median(s for result in rounds for s in result.memcpy_cpu_s) / gigabytes,
         write_gb_per_s=gigabytes / median(s for result in rounds for s in result.write_s),
         write_cpu_s_per_gb=median(s for result in rounds for s in result.write_cpu_s) / gigabytes,
         read_gb_per_s=gigabytes / median(s for result in rounds for s in result.read_s),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
@@ -19,8 +19,16 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # target in the slot, source
 # torch's copy may wake its other threads (at::internal::GRAIN_SIZE, 32768 elements): the same rate for twice the CPU
 # time, and on a machine whose cores are taken, by data loaders say, it waits for them: copies of 20 ms took 400 ms.
 _LARGE_BYTES: Final = 32 * 1024
-# One core copies at 10-20 GB/s; more than four bring little on one socket and take cores from the data loader.
+# One core copies at 7 to 20 GB/s, two at almost twice that for the same CPU time: 2 GB took 295 and 159 ms on a machine
+# with two, whose trainer waits for it anyway. More than four bring little on one socket.
 _MAX_THREADS: Final = 4
+# Blocks that threads share out; copying a shorter one takes no longer than a thread may wait for the interpreter.
+_SHARED_BYTES: Final = 256 * 1024
+# Longer ones are cut, so that no thread is left alone with the last.
+_PART_BYTES: Final = 16 << 20
+
+
+_Block = tuple[int, int, int]  # address in the slot, address of the source, bytes
 
 
 class SideStream(Protocol):
@@ -90,8 +98,9 @@ class Copier:
 
     def __init__(self, *, threads: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0))
-        self._threads = threads or max(1, min(_MAX_THREADS, cores // 4))
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ckptd-copy") if self._threads > 1 else None
+        self._threads = threads or min(_MAX_THREADS, cores, max(2, cores // 4))
+        self._helpers = self._threads - 1  # the caller copies, too
+        self._pool = ThreadPoolExecutor(self._helpers, thread_name_prefix="ckptd-copy") if self._helpers else None
         self._streams: dict[torch.device, SideStream] = {}
 
     def mark(self, devices: set[torch.device]) -> None:
@@ -111,7 +120,7 @@ class Copier:
     def copy(self, pairs: Sequence[Pair]) -> None:
         """Copy each source into its target; same shape and dtype, targets contiguous and in host memory."""
         on_device: dict[torch.device, list[Pair]] = {}
-        large: list[tuple[int, int, int]] = []
+        large: list[_Block] = []
         batch: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         rest: list[Pair] = []
         for pair in pairs:
@@ -138,15 +147,33 @@ class Copier:
             for device in on_device:
                 self._stream(device).wait()
 
-    def _copy_large(self, blocks: list[tuple[int, int, int]]) -> None:
-        if self._pool is None:
-            for block in blocks:
-                ctypes.memmove(*block)
+    def _copy_large(self, blocks: list[_Block]) -> None:
+        shared = [part for block in blocks if block[2] >= _SHARED_BYTES for part in _parts(block)]
+        if self._pool is None or len(shared) < 2:
+            _copy_all(iter(blocks))
             return
-        for done in [self._pool.submit(ctypes.memmove, *block) for block in blocks]:
-            done.result()
+        left = iter(shared)  # taken from by all: each takes the next
+        helpers = [self._pool.submit(_copy_all, left) for _ in range(self._helpers)]
+        try:
+            _copy_all(block for block in blocks if block[2] < _SHARED_BYTES)
+            _copy_all(left)
+        finally:  # after an interrupt, too: nobody may still copy into a slot that is given back
+            for helper in helpers:
+                if not helper.cancel():  # one that has not begun on a busy machine is not waited for
+                    helper.result()
 
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _copy_all(blocks: Iterator[_Block]) -> None:
+    for block in blocks:
+        ctypes.memmove(*block)
+
+
+def _parts(block: _Block) -> Iterator[_Block]:
+    target, source, nbytes = block
+    for at in range(0, nbytes, _PART_BYTES):
+        yield target + at, source + at, min(_PART_BYTES, nbytes - at)

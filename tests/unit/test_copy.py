@@ -101,8 +101,45 @@ def test_a_source_that_needs_a_gradient_gets_none(copier):
         assert (target == 1).all()
 
 
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 12_345])
+def test_long_tensors_are_shared_out_in_parts(copier, monkeypatch, beyond):
+    monkeypatch.setattr(copy_module, "_PART_BYTES", 300_000)
+    sources = [random_tensor(torch.uint8, size + beyond) for size in (900_000, copy_module._SHARED_BYTES, LARGE, 7)]
+    for source, target in zip(sources, copied(copier, *sources), strict=True):
+        assert raw(target) == raw(source)
+
+
+def test_a_copy_returns_when_all_threads_are_done_and_waits_for_none_that_has_not_begun(monkeypatch):
+    copier, release, begun = Copier(threads=2), threading.Event(), threading.Event()
+    memmove, caller, held = copy_module.ctypes.memmove, threading.get_ident(), []
+
+    def hold_the_helper(*block):
+        if threading.get_ident() != caller:
+            begun.set()
+            assert release.wait(20)
+            held.append(block)
+        else:
+            assert begun.wait(20)
+        memmove(*block)
+
+    monkeypatch.setattr(copy_module.ctypes, "memmove", hold_the_helper)
+    sources = [random_tensor(torch.uint8, 1 << 20) for _ in range(4)]
+    threading.Timer(0.05, release.set).start()
+    for source, target in zip(sources, copied(copier, *sources), strict=True):
+        assert raw(target) == raw(source)
+    assert len(held) == 1
+    release.clear()
+    busy = copier._pool.submit(release.wait, 20)  # the only helper has something else to do
+    for source, target in zip(sources, copied(copier, *sources), strict=True):
+        assert raw(target) == raw(source)
+    assert len(held) == 1
+    release.set()
+    assert busy.result(20)
+    copier.close()
+
+
 def test_threads_are_few_and_at_least_one(monkeypatch):
-    for cores, threads in [(1, 1), (2, 1), (8, 2), (64, 4)]:
+    for cores, threads in [(1, 1), (2, 2), (8, 2), (12, 3), (64, 4)]:
         monkeypatch.setattr(copy_module.os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
         copier = Copier()
         assert copier._threads == threads
