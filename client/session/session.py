@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
+from ckptd.checkpoint.publishing.commit import has_checkpoint
 from ckptd.client.logging_handlers import note
 from ckptd.client.saving.futures import SaveFuture, wait_quietly
 from ckptd.client.saving.handover import HandOverSnapshot, make_hand_over_layout, take_hand_over
@@ -33,6 +34,7 @@ from ckptd.protocol.cache_messages import (
 )
 from ckptd.protocol.crash_points import CrashPoint, reach
 from ckptd.protocol.errors import (
+    CheckpointExists,
     CkptdError,
     DaemonLost,
     DeadlineExceeded,
@@ -388,8 +390,10 @@ class Session:
         return layout
 
     def _claim_room(self, save: SaveUnderWay, layout: RankLayout) -> None:
-        """Refuse a save that its volume has no room for, before a byte is staged."""
+        """Refuse a save that its volume has no room for, or whose name is taken, before a byte is staged."""
         if save.request.hand_over is None:
+            if not save.request.overwrite and has_checkpoint(save.request.checkpoint_id):
+                raise CheckpointExists(save.request.checkpoint_id)  # what comes by then is seen when it is published
             others = [other.claim for other in list(self._saves.values()) if other.claim is not None]
             marks = f"-{self.incarnation}-{save.sequence}-"
             save.claim = claim_room(save.request.checkpoint_id, marks, layout.job_bytes, others)

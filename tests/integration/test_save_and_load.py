@@ -175,6 +175,9 @@ def test_overwrite_false_leaves_the_old_checkpoint(daemon, client, tmp_path, kin
     if there == "checkpoint":
         future = client.async_save({"w": torch.zeros(9)}, storage_writer=writer)
         assert f"already exists at {target} and overwrite=False" in str(future.exception(30))
+        if options == {}:
+            assert future.staging_completion.exception(30) is not None  # before anything was staged
+            assert {path.name for path in tmp_path.iterdir()} == {"a"}
     else:
         client.async_save({"w": torch.ones(9)}, storage_writer=writer).result(30)
         assert there == "nothing" or (target / "notes.txt").read_text() == "mine"
