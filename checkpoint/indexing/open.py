@@ -9,11 +9,11 @@ import stat
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.image.frame import METADATA_HASH
 from ckptd.checkpoint.indexing.columns import Index
 from ckptd.checkpoint.indexing.index import decode_index
 from ckptd.checkpoint.names import INDEX_NAME, METADATA_NAME
-from ckptd.checkpoint.publishing.directory import Opener
 from ckptd.checkpoint.stock.metadata_unpickle import decode_metadata
 from ckptd.checkpoint.system import closed_at_end, named
 from ckptd.protocol.errors import BadIndex, CkptdError, UnknownCheckpoint

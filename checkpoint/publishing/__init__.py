@@ -1,1 +1,1 @@
-"""How a checkpoint appears under its name in one step, and what becomes of what lay there or was left behind."""
+"""How a checkpoint appears under its name in one step, and what becomes of what was there before."""

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
+from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.indexing.columns import Int64
-from ckptd.checkpoint.publishing.directory import Opener
 from ckptd.checkpoint.reading.blocks import BLOCK_BYTES, brings_every_block
 from ckptd.checkpoint.reading.mapped import MappedFile
 from ckptd.checkpoint.reading.pagecache import PageCacheProbe

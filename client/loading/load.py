@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from ckptd.checkpoint.collector import collector_paused
+from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.indexing.columns import Index
 from ckptd.checkpoint.indexing.open import read_index
 from ckptd.checkpoint.planning.chunks import is_meta
-from ckptd.checkpoint.publishing.directory import CheckpointDirectory
 from ckptd.checkpoint.reading.files import Disk
 from ckptd.client.loading.match import Leaves, LoadRules, Match, match
 from ckptd.client.loading.plan import LoadPlan, LoadPlanner

@@ -21,8 +21,8 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
+from ckptd.checkpoint.directory import Opener
 from ckptd.checkpoint.indexing.columns import Index
-from ckptd.checkpoint.publishing.directory import Opener
 from ckptd.staging.dtypes import DTYPES, OBJECT, by_code
 
 # Looking for a place costs two short reads; a record that is shorter is rather read as a whole.

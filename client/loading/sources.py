@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.folder.locks import reading
 from ckptd.checkpoint.indexing.columns import Index
-from ckptd.checkpoint.publishing.directory import CheckpointDirectory
 from ckptd.checkpoint.reading.files import Disk, Source
 from ckptd.checkpoint.reading.read import ReadCount, read_all
 from ckptd.client.loading.plan import LoadPlan

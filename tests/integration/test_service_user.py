@@ -48,11 +48,11 @@ def test_a_users_own_service(host, alice, host_nursery):
         without=["CKPTD_RUNTIME_DIR", "CKPTD_CONFIG"],
     )
     trainer.do("dcp.save(state(1), checkpoint_id='/home/alice/user/a')")
-    trainer.say_goodbye()
     status = json.loads(alice(CKPTD, "status", "--json"))
     assert (status["mode"], str(status["pid"])) == ("user", show(alice, "MainPID"))
     assert status["runtime_dir"] == f"{RUNTIME}/ckptd"
     adjusted = [int(host.read(f"/proc/{pid}/oom_score_adj")) for pid in (status["pid"], *status["workers"])]
+    trainer.say_goodbye()  # not before: its worker goes with it
     assert adjusted[0] == 100
     assert all(value == 200 for value in adjusted[1:]), "workers go before the daemon"
     alice("systemctl", "--user", "reload", "ckptd.service")

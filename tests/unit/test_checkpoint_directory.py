@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from ckptd.checkpoint.directory import CheckpointDirectory
 from ckptd.checkpoint.indexing.open import read_index
-from ckptd.checkpoint.publishing.directory import CheckpointDirectory
 from ckptd.checkpoint.reading.files import Disk
 from ckptd.checkpoint.system import rename_exchange
 from ckptd.protocol.errors import BadIndex, MissingFile, SystemCallFailed, TruncatedFile, UnknownCheckpoint
