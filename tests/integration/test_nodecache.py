@@ -82,11 +82,15 @@ def test_ranks_that_want_overlapping_parts_read_each_byte_once(saved):
 
 STUCK = """
 turns, stuck, go_on, real = iter([True]), threading.Event(), threading.Event(), read_files.DiskFile.view
+others = threading.Semaphore(0)
 def wait(self, *arguments):
     if next(turns, False):  # the first one only
         stuck.set()
         assert go_on.wait(120)
-    return real(self, *arguments)
+        return real(self, *arguments)
+    data = real(self, *arguments)
+    others.release()
+    return data
 read_files.DiskFile.view = wait
 failures = []
 def load():
@@ -103,6 +107,7 @@ def test_the_others_finish_when_the_reading_rank_dies(saved):
     daemon, ranks = saved(4)
     ranks[0].do(STUCK)
     ranks[0].do("assert stuck.wait(60)")
+    ranks[0].do("assert all(others.acquire(timeout=60) for _ in range(6))")  # half of it will be its work
     for trainer in ranks[1:]:
         trainer.start(LOAD)
     wait_until(lambda: daemon.metric(SERVED) > 0, "the first bytes that are served")
