@@ -191,7 +191,8 @@ class _Reading:
         claimed = following is not None and following.claim(piece)
         for at in range(0, len(target), self._step_bytes):
             part = target[at : at + self._step_bytes]
-            file.fill(piece.begin + at, [part])
+            filled = file.fill(piece.begin + at, [part])
+            assert filled, "a source whose bytes are in memory fills any target"
             if claimed and following is not None:
                 following.update(part)
         if following is None:
